@@ -1,0 +1,250 @@
+//! The LargeMarginInnerProduct layer.
+//!
+//! This module holds what CPU and GPU share: the checked parameters, the
+//! shapes and the lambda descent, and the coefficients of one sample. The
+//! data flows through [`cpu`], or, in GPU mode, `gpu`.
+//!
+//! With features x_i, class weights w_j and label y the logits are
+//! `f_ij = <w_j, x_i>`, but for the target logit, `j = y`, which becomes
+//! (paper, section 5.1, with `c = cos(theta)` the cosine between x_i and w_y)
+//!
+//! ```text
+//! (lambda f + |x_i||w_y| psi(c)) / (1 + lambda)
+//! ```
+//!
+//! That is the inner product plus a correction of one entry a sample, and the
+//! gradient is InnerProduct's plus one correction a sample. The layer never
+//! touches the other M x (N - 1) logits.
+
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod gpu;
+
+use crate::error::{Error, Result};
+use crate::margin::Margin;
+use crate::param::LargeMarginInnerProductParameter;
+use crate::schedule::Schedule;
+
+/// The sizes of the three matrices: features (M, K), class weights (N, K),
+/// logits (M, N).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// M, samples.
+    pub samples: usize,
+    /// N, classes.
+    pub classes: usize,
+    /// K, features a sample.
+    pub features: usize,
+    /// Where the feature axes begin in the bottom's shape, never negative.
+    pub axis: usize,
+}
+
+/// One layer: its parameters and what a backward pass needs of the forward
+/// pass before it.
+#[derive(Debug)]
+pub struct LargeMarginInnerProduct {
+    classes: usize,
+    margin: Margin,
+    schedule: Schedule,
+    ignore_label: Option<i32>,
+    axis: i32,
+    first_iteration: i32,
+    iteration: i32,
+    lambda: f64,
+    sizes: Option<Sizes>,
+    batch: cpu::Batch,
+    #[cfg(feature = "cuda")]
+    gpu: Option<gpu::State>,
+}
+
+impl LargeMarginInnerProduct {
+    /// A layer as `param` describes it, before its first forward pass.
+    ///
+    /// # Errors
+    /// A field out of its range, by name and value.
+    pub fn new(param: &LargeMarginInnerProductParameter) -> Result<Self> {
+        let classes = match param.num_output {
+            None => return Err(Error::new("num_output is missing: the number of classes")),
+            Some(n) if n == 0 || n > i32::MAX as u32 => {
+                return Err(Error::new(format!(
+                    "num_output: {n} is outside [1, {}]",
+                    i32::MAX
+                )));
+            }
+            Some(n) => n as usize,
+        };
+        let iteration = param.iteration();
+        if iteration < 0 {
+            return Err(Error::new(format!("iteration: {iteration} is negative")));
+        }
+        let schedule = Schedule::new(param)?;
+        Ok(LargeMarginInnerProduct {
+            classes,
+            margin: Margin::new(param.angular_margin()?)?,
+            lambda: schedule.lambda(iteration.saturating_add(1)),
+            schedule,
+            ignore_label: param.ignore_label,
+            axis: param.axis(),
+            first_iteration: iteration,
+            iteration,
+            sizes: None,
+            batch: cpu::Batch::default(),
+            #[cfg(feature = "cuda")]
+            gpu: None,
+        })
+    }
+
+    /// Takes the shapes of the bottoms and returns the sizes they give.
+    /// `labels` is the number of labels, None where there is no label bottom.
+    ///
+    /// # Errors
+    /// `axis` outside the features' shape, an M or K beyond what an int holds,
+    /// a K other than at the first call (the class weights have it), a number
+    /// of labels other than M.
+    pub fn reshape(&mut self, features: &[i32], labels: Option<usize>) -> Result<Sizes> {
+        let axes = features.len();
+        let axis = match self.axis {
+            a if a >= 0 && (a as usize) < axes => a as usize,
+            a if a < 0 && a.unsigned_abs() as usize <= axes => axes - a.unsigned_abs() as usize,
+            a => {
+                return Err(Error::new(format!(
+                    "axis: {a} is out of range for features of {axes} axes, shape {features:?}"
+                )));
+            }
+        };
+        // Caffe lets any shape pass that has a 0 in front.
+        let count = |dims: &[i32]| {
+            dims.iter()
+                .try_fold(1i32, |count, &d| count.checked_mul(d))
+                .and_then(|count| usize::try_from(count).ok())
+                .ok_or_else(|| {
+                    Error::new(format!(
+                        "features of shape {features:?} are too many: there may be {} \
+                         samples, the positions before axis {axis}, and values of each",
+                        i32::MAX
+                    ))
+                })
+        };
+        let sizes = Sizes {
+            samples: count(&features[..axis])?,
+            classes: self.classes,
+            features: count(&features[axis..])?,
+            axis,
+        };
+        if let Some(before) = self.sizes.filter(|s| s.features != sizes.features) {
+            return Err(Error::new(format!(
+                "features of shape {features:?} have K = {} from axis {axis} on, \
+                 but the class weights were made for K = {}",
+                sizes.features, before.features
+            )));
+        }
+        if let Some(labels) = labels.filter(|&l| l != sizes.samples) {
+            return Err(Error::new(format!(
+                "{labels} labels for {} samples: features of shape {features:?} hold one \
+                 sample for each position before axis {axis}",
+                sizes.samples
+            )));
+        }
+        self.sizes = Some(sizes);
+        Ok(sizes)
+    }
+
+    /// The forward passes behind this layer, those of the run it resumes
+    /// included. A snapshot keeps it as the parameter `iteration`.
+    pub fn iteration(&self) -> i32 {
+        self.iteration
+    }
+
+    /// lambda of the last forward pass; before the first since the start or a
+    /// resume, of the one to come.
+    pub fn lambda(&self) -> f64 {
+        self.lambda
+    }
+
+    /// Goes on from `iteration` forward passes, or from the parameter
+    /// `iteration` where that is higher: the way the original layer is
+    /// resumed, by hand.
+    pub fn resume(&mut self, iteration: i32) {
+        self.iteration = iteration.max(self.first_iteration);
+        self.lambda = self.schedule.lambda(self.iteration.saturating_add(1));
+    }
+
+    /// Goes on from `passes` forward passes after the parameter `iteration`,
+    /// for snapshots that do not hold the layer's own count.
+    pub fn resume_after(&mut self, passes: i32) {
+        self.resume(self.first_iteration.saturating_add(passes));
+    }
+
+    /// Counts a forward pass; `iteration` goes up before it is used.
+    fn begin_forward(&mut self) -> Result<Sizes> {
+        let sizes = self
+            .sizes
+            .ok_or_else(|| Error::new("forward before the first reshape"))?;
+        self.iteration = self.iteration.saturating_add(1);
+        self.lambda = self.schedule.lambda(self.iteration);
+        Ok(sizes)
+    }
+
+    fn bad_label(&self, sample: usize, value: f64) -> Error {
+        let ignored = match self.ignore_label {
+            Some(i) => format!(" and not ignore_label ({i})"),
+            None => String::new(),
+        };
+        Error::new(format!(
+            "sample {sample}: label {value} is not an integer in [0, {}){ignored}",
+            self.classes
+        ))
+    }
+}
+
+/// What the margin adds for one sample, up to the factor of its top gradient.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+struct Correction {
+    /// To the target logit: `(|x||w| psi - f) / (1 + lambda)`.
+    logit: f64,
+    /// a: of w in dx, of x in dw.
+    a: f64,
+    /// b: times `|w|/|x|` of x in dx, times `|x|/|w|` of w in dw.
+    b: f64,
+    /// `|x|`; 0 where there is nothing to correct.
+    x: f64,
+    /// `|w|`; 0 where there is nothing to correct.
+    w: f64,
+}
+
+impl Correction {
+    /// Of a sample with norm `x`, class weights of norm `w` and inner product
+    /// `f`; with `c = f / (x w)`
+    ///
+    /// ```text
+    /// a = (psi'(c) - 1) / (1 + lambda)
+    /// b = (psi(c) - c psi'(c)) / (1 + lambda)
+    /// ```
+    ///
+    /// Empty where x or w is zero (the angle is undefined; the plain logit, 0,
+    /// is the limit) or anything is not finite (InnerProduct's value stands).
+    #[inline]
+    fn new(margin: &Margin, lambda: f64, x: f64, w: f64, f: f64) -> Self {
+        let usable = |v: f64| v > 0.0 && v.is_finite();
+        if !(usable(x) && usable(w) && f.is_finite()) {
+            return Correction::default();
+        }
+        // Divided one by one: x w may overflow where f does not.
+        let c = (f / x / w).clamp(-1.0, 1.0);
+        let (psi, dpsi) = margin.at(c);
+        let share = 1.0 / (1.0 + lambda);
+        Correction {
+            logit: (x * w * psi - f) * share,
+            a: (dpsi - 1.0) * share,
+            b: (psi - c * dpsi) * share,
+            x,
+            w,
+        }
+    }
+
+    /// Whether it changes anything. A correction of zero is left out, not
+    /// added: 0 times an infinite feature would be NaN.
+    fn applies(&self) -> bool {
+        self.x != 0.0
+    }
+}

@@ -1,0 +1,868 @@
+//! The margin layer against a plain f64 oracle, against numerical gradients,
+//! and on input that is not what it should be.
+
+use lsoftmax::gemm::{Gemm, NaiveGemm, Op};
+use lsoftmax::large_margin::LargeMarginInnerProduct;
+use lsoftmax::large_margin::cpu::Gradients;
+use lsoftmax::margin::Margin;
+use lsoftmax::param::LargeMarginInnerProductParameter;
+use proptest::prelude::*;
+use std::f64::consts::PI;
+
+/// Features (M, K), class weights (N, K), labels (M), top gradient (M, N).
+#[derive(Debug, Clone)]
+struct Problem {
+    k: usize,
+    n: usize,
+    x: Vec<f64>,
+    w: Vec<f64>,
+    labels: Vec<f64>,
+    g: Vec<f64>,
+}
+
+/// What a forward and a backward pass gave.
+#[derive(Debug, Clone, PartialEq)]
+struct Outcome<T> {
+    top: Vec<T>,
+    dx: Vec<T>,
+    dw: Vec<T>,
+}
+
+fn param(n: usize, m: u32, lambda: f32) -> LargeMarginInnerProductParameter {
+    LargeMarginInnerProductParameter {
+        num_output: Some(n as u32),
+        margin: Some(m),
+        base: Some(lambda),
+        ..Default::default()
+    }
+}
+
+fn layer(param: &LargeMarginInnerProductParameter, m: usize, k: usize) -> LargeMarginInnerProduct {
+    let mut layer = LargeMarginInnerProduct::new(param).unwrap();
+    layer.reshape(&[m as i32, k as i32], Some(m)).unwrap();
+    layer
+}
+
+/// A fixed sequence in [-1, 1).
+fn noise(seed: u64, len: usize) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        })
+        .collect()
+}
+
+impl Problem {
+    fn random(seed: u64, m: usize, n: usize, k: usize) -> Self {
+        let labels = noise(seed + 3, m);
+        Problem {
+            k,
+            n,
+            x: noise(seed, m * k),
+            w: noise(seed + 1, n * k),
+            labels: labels
+                .iter()
+                .map(|v| ((v + 1.0) * 0.5 * n as f64).floor())
+                .collect(),
+            g: noise(seed + 2, m * n),
+        }
+    }
+
+    /// One sample at each angle to the weights of its class, which repeat.
+    fn at_angles(seed: u64, angles: &[f64], n: usize, k: usize) -> Self {
+        let mut p = Self::random(seed, angles.len(), n, k);
+        for (i, &theta) in angles.iter().enumerate() {
+            let y = i % n;
+            p.labels[i] = y as f64;
+            let w = &p.w[y * k..][..k];
+            let unit = |v: &[f64]| -> Vec<f64> {
+                let norm = v.iter().map(|a| a * a).sum::<f64>().sqrt();
+                v.iter().map(|a| a / norm).collect()
+            };
+            let along = unit(w);
+            let x = &p.x[i * k..][..k];
+            let dot: f64 = x.iter().zip(&along).map(|(a, b)| a * b).sum();
+            let across: Vec<f64> = x.iter().zip(&along).map(|(a, b)| a - dot * b).collect();
+            let across = unit(&across);
+            let length = 1.0 + 0.1 * i as f64;
+            for j in 0..k {
+                p.x[i * k + j] = length * (theta.cos() * along[j] + theta.sin() * across[j]);
+            }
+        }
+        p
+    }
+
+    fn run(&self, param: &LargeMarginInnerProductParameter) -> Outcome<f64> {
+        let (x, w, labels, g) = (&self.x, &self.w, &self.labels, &self.g);
+        run(param, (x, w, labels, g), self.k, self.n)
+    }
+
+    fn run_f32(&self, param: &LargeMarginInnerProductParameter) -> Outcome<f32> {
+        let cast = |v: &[f64]| v.iter().map(|&a| a as f32).collect::<Vec<f32>>();
+        let (x, w) = (cast(&self.x), cast(&self.w));
+        let (labels, g) = (cast(&self.labels), cast(&self.g));
+        run(param, (&x, &w, &labels, &g), self.k, self.n)
+    }
+
+    /// The layer's formulas in angles, as the paper has them, a loop an index.
+    fn oracle(&self, m: u32, lambda: f64) -> Outcome<f64> {
+        let (k, n) = (self.k, self.n);
+        let gemm = |i: usize, j: usize| -> f64 {
+            (0..k).map(|l| self.x[i * k + l] * self.w[j * k + l]).sum()
+        };
+        let samples = self.labels.len();
+        let mut top = vec![0.0; samples * n];
+        let (mut dx, mut dw) = (vec![0.0; samples * k], vec![0.0; n * k]);
+        for i in 0..samples {
+            for j in 0..n {
+                top[i * n + j] = gemm(i, j);
+                for l in 0..k {
+                    dx[i * k + l] += self.g[i * n + j] * self.w[j * k + l];
+                    dw[j * k + l] += self.g[i * n + j] * self.x[i * k + l];
+                }
+            }
+            let y = self.labels[i] as usize;
+            let norm = |v: &[f64]| v.iter().map(|a| a * a).sum::<f64>().sqrt();
+            let (xn, wn) = (norm(&self.x[i * k..][..k]), norm(&self.w[y * k..][..k]));
+            if xn * wn == 0.0 {
+                continue;
+            }
+            let f = gemm(i, y);
+            let theta = (f / (xn * wn)).clamp(-1.0, 1.0).acos();
+            let mm = f64::from(m);
+            let seg = (mm * theta / PI).floor().min(mm - 1.0);
+            let sign = (-1f64).powf(seg);
+            let psi = sign * (mm * theta).cos() - 2.0 * seg;
+            // d psi / d cos(theta); sin(m theta) / sin(theta) tends to +-m.
+            let ratio = if theta.sin() < 1e-9 {
+                mm * if theta < 1.0 {
+                    1.0
+                } else {
+                    (-1f64).powf(mm - 1.0)
+                }
+            } else {
+                (mm * theta).sin() / theta.sin()
+            };
+            let dpsi = sign * mm * ratio;
+            top[i * n + y] = (lambda * f + xn * wn * psi) / (1.0 + lambda);
+            let g = self.g[i * n + y];
+            let c = theta.cos();
+            for l in 0..k {
+                let (xl, wl) = (self.x[i * k + l], self.w[y * k + l]);
+                // The gradient of |x||w| psi(c), less the plain one.
+                let by_x = wn * psi * xl / xn + dpsi * (wl - c * wn * xl / xn) - wl;
+                let by_w = xn * psi * wl / wn + dpsi * (xl - c * xn * wl / wn) - xl;
+                dx[i * k + l] += g * by_x / (1.0 + lambda);
+                dw[y * k + l] += g * by_w / (1.0 + lambda);
+            }
+        }
+        Outcome { top, dx, dw }
+    }
+}
+
+fn run<T: lsoftmax::dtype::Dtype>(
+    param: &LargeMarginInnerProductParameter,
+    (x, w, labels, g): (&[T], &[T], &[T], &[T]),
+    k: usize,
+    n: usize,
+) -> Outcome<T> {
+    let m = labels.len();
+    let mut layer = layer(param, m, k);
+    let mut out = Outcome {
+        top: vec![T::default(); m * n],
+        dx: vec![T::default(); m * k],
+        dw: vec![T::default(); n * k],
+    };
+    layer
+        .forward(&NaiveGemm, x, Some(labels), w, &mut out.top, None)
+        .unwrap();
+    let gradients = Gradients {
+        features: Some(&mut out.dx),
+        weights: Some(&mut out.dw),
+    };
+    layer.backward(&NaiveGemm, g, x, w, gradients).unwrap();
+    out
+}
+
+fn assert_close<T: Into<f64> + Copy>(got: &[T], want: &[f64], tolerance: f64, what: &str) {
+    let scale = want.iter().fold(1e-30f64, |s, v| s.max(v.abs()));
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let g: f64 = g.into();
+        assert!(
+            (g - w).abs() <= tolerance * scale,
+            "{what}[{i}]: {g} instead of {w}"
+        );
+    }
+}
+
+/// Angles inside every segment of [0, pi] for m, and next to every border.
+fn angles(m: u32) -> Vec<f64> {
+    let mut all = vec![0.0, PI];
+    for j in 0..m {
+        let (from, width) = (PI * f64::from(j) / f64::from(m), PI / f64::from(m));
+        all.extend([0.1, 0.35, 0.5, 0.8].map(|t| from + t * width));
+        if j > 0 {
+            for d in [1e-3, 1e-5, 1e-6] {
+                all.extend([from - d, from + d]);
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn equals_the_oracle_over_every_segment() {
+    for m in 1..=8 {
+        for lambda in [0.0, 5.0, 1000.0] {
+            let p = Problem::at_angles(u64::from(m), &angles(m), 3, 7);
+            let want = p.oracle(m, lambda);
+            let param = param(p.n, m, lambda as f32);
+            let got = p.run(&param);
+            assert_close(&got.top, &want.top, 1e-9, "top");
+            assert_close(&got.dx, &want.dx, 1e-9, "dx");
+            assert_close(&got.dw, &want.dw, 1e-9, "dw");
+            let got = p.run_f32(&param);
+            assert_close(&got.top, &want.top, 1e-5, "f32 top");
+            assert_close(&got.dx, &want.dx, 1e-4, "f32 dx");
+            assert_close(&got.dw, &want.dw, 1e-4, "f32 dw");
+        }
+    }
+}
+
+/// d/dt of `loss` by the five-point stencil.
+fn slope(h: f64, loss: impl Fn(f64) -> f64) -> f64 {
+    (loss(-2.0 * h) - 8.0 * loss(-h) + 8.0 * loss(h) - loss(2.0 * h)) / (12.0 * h)
+}
+
+#[test]
+fn gradients_are_the_slopes_within_1e_6() {
+    let (n, k) = (3, 5);
+    let mut worst: f64 = 0.0;
+    for m in 1..=8 {
+        for (i, theta) in angles(m).into_iter().enumerate() {
+            let p = Problem::at_angles(i as u64 + 100, &[theta], n, k);
+            let param = param(n, m, 0.3);
+            let loss = |p: &Problem| -> f64 {
+                p.run(&param).top.iter().zip(&p.g).map(|(t, g)| t * g).sum()
+            };
+            let got = p.run(&param);
+            // The stencil must stay in the sample's own segment.
+            let to_border = (1..m)
+                .map(|j| (theta - PI * f64::from(j) / f64::from(m)).abs())
+                .fold(1.0, f64::min);
+            let h = (to_border / 50.0).min(5e-4);
+            for (of, analytic) in [(0, &got.dx), (1, &got.dw)] {
+                let scale = analytic.iter().fold(0f64, |s, v| s.max(v.abs()));
+                for (l, &analytic) in analytic.iter().enumerate() {
+                    let numeric = slope(h, |step| {
+                        let mut p = p.clone();
+                        [&mut p.x, &mut p.w][of][l] += step;
+                        loss(&p)
+                    });
+                    let error = (numeric - analytic).abs() / scale;
+                    worst = worst.max(error);
+                    assert!(
+                        error < 1e-6,
+                        "m {m} theta {theta}: {numeric} instead of {analytic}, off by {error:e}"
+                    );
+                }
+            }
+        }
+    }
+    println!("largest relative error of a gradient: {worst:e}");
+}
+
+#[test]
+fn margin_1_is_the_inner_product_bit_for_bit() {
+    let p = Problem::random(5, 9, 4, 6);
+    let got = p.run_f32(&param(4, 1, 3.0));
+    let cast = |v: &[f64]| v.iter().map(|&a| a as f32).collect::<Vec<f32>>();
+    let (x, w, g) = (cast(&p.x), cast(&p.w), cast(&p.g));
+    let mut want = Outcome {
+        top: vec![0f32; 9 * 4],
+        dx: vec![0f32; 9 * 6],
+        dw: vec![0f32; 4 * 6],
+    };
+    let (plain, transposed) = (Op::Plain, Op::Transposed);
+    NaiveGemm.gemm([9, 4, 6], (plain, &x), (transposed, &w), 0.0, &mut want.top);
+    NaiveGemm.gemm([4, 6, 9], (transposed, &g), (plain, &x), 1.0, &mut want.dw);
+    NaiveGemm.gemm([9, 6, 4], (plain, &g), (plain, &w), 0.0, &mut want.dx);
+    assert_eq!(got, want);
+}
+
+#[test]
+fn without_labels_and_in_the_third_top_there_is_no_margin() {
+    let p = Problem::random(6, 5, 4, 6);
+    let want = p.run(&param(4, 1, 0.0)).top;
+    let mut deployed = layer(&param(4, 4, 0.0), 5, 6);
+    let mut top = vec![0.0; 20];
+    deployed
+        .forward(&NaiveGemm, &p.x, None, &p.w, &mut top, None)
+        .unwrap();
+    assert_eq!(top, want);
+
+    let mut trained = layer(&param(4, 4, 0.0), 5, 6);
+    let mut plain = vec![f64::NAN; 20];
+    trained
+        .forward(
+            &NaiveGemm,
+            &p.x,
+            Some(&p.labels),
+            &p.w,
+            &mut top,
+            Some(&mut plain),
+        )
+        .unwrap();
+    assert_eq!(plain, want);
+    assert_ne!(top, want);
+}
+
+#[test]
+fn ignored_samples_get_the_plain_inner_product() {
+    let mut p = Problem::random(7, 6, 4, 5);
+    let with = |ignore| LargeMarginInnerProductParameter {
+        ignore_label: Some(ignore),
+        ..param(4, 3, 0.5)
+    };
+    let margin = p.run(&with(-1));
+    p.labels[2] = 255.0;
+    let got = p.run(&with(255));
+    let plain = p.oracle_with_plain_sample(2, &margin);
+    assert_eq!(got.top, plain.0);
+    assert_eq!(got.dx, plain.1);
+}
+
+impl Problem {
+    /// (top, dx) of `margin` with those of sample `i` as without a margin.
+    fn oracle_with_plain_sample(&self, i: usize, margin: &Outcome<f64>) -> (Vec<f64>, Vec<f64>) {
+        let mut labels = self.clone();
+        labels.labels.fill(0.0);
+        let plain = labels.run(&param(self.n, 1, 0.0));
+        let (mut top, mut dx) = (margin.top.clone(), margin.dx.clone());
+        let (n, k) = (self.n, self.k);
+        top[i * n..][..n].copy_from_slice(&plain.top[i * n..][..n]);
+        dx[i * k..][..k].copy_from_slice(&plain.dx[i * k..][..k]);
+        (top, dx)
+    }
+}
+
+#[test]
+fn a_bad_label_names_sample_and_value_and_touches_no_logit() {
+    let p = Problem::random(8, 4, 3, 2);
+    for m in [1, 4] {
+        for (bad, shown) in [
+            (3.0, "3"),
+            (-1.0, "-1"),
+            (0.5, "0.5"),
+            (1e30, "1000000000000000000000000000000"),
+            (f64::NAN, "NaN"),
+            (f64::INFINITY, "inf"),
+        ] {
+            let mut labels = p.labels.clone();
+            labels[2] = bad;
+            let mut top = vec![7.0; 12];
+            let message = layer(&param(3, m, 0.0), 4, 2)
+                .forward(&NaiveGemm, &p.x, Some(&labels), &p.w, &mut top, None)
+                .unwrap_err()
+                .to_string();
+            assert_eq!(
+                message,
+                format!("sample 2: label {shown} is not an integer in [0, 3)")
+            );
+            assert_eq!(top, [7.0; 12]);
+        }
+    }
+}
+
+#[test]
+fn zero_features_or_weights_give_the_plain_inner_product() {
+    let mut p = Problem::random(9, 3, 3, 4);
+    p.labels = vec![0.0, 1.0, 2.0];
+    p.x[..4].fill(0.0);
+    p.w[4..8].fill(0.0);
+    let got = p.run(&param(3, 4, 0.0));
+    let plain = p.run(&param(3, 1, 0.0));
+    assert_eq!(got.top[0..2 * 3], plain.top[0..2 * 3]);
+    assert_eq!(got.dx[0..2 * 4], plain.dx[0..2 * 4]);
+    assert!(
+        got.top
+            .iter()
+            .chain(&got.dx)
+            .chain(&got.dw)
+            .all(|v| v.is_finite())
+    );
+}
+
+#[test]
+fn huge_and_tiny_features_scale_as_the_formulas_do() {
+    for (scale, single) in [
+        (1e-40, true),
+        (1e-30, true),
+        (1e15, true),
+        (1e30, true),
+        (1e-310, false),
+        (1e-150, false),
+        (1e150, false),
+    ] {
+        let p = Problem::at_angles(11, &[0.2, 1.1, 2.0, 3.0], 2, 6);
+        let want = p.run(&param(2, 4, 0.5));
+        let mut scaled = p.clone();
+        scaled.x.iter_mut().for_each(|v| *v *= scale);
+        let got = scaled.run(&param(2, 4, 0.5));
+        let back = |v: &[f64]| v.iter().map(|a| a / scale).collect::<Vec<f64>>();
+        assert_close(&back(&got.top), &want.top, 1e-9, "top");
+        assert_close(&got.dx, &want.dx, 1e-9, "dx");
+        assert_close(&back(&got.dw), &want.dw, 1e-9, "dw");
+        if single {
+            let got = scaled.run_f32(&param(2, 4, 0.5));
+            assert_close(&got.dx, &want.dx, 1e-4, "f32 dx");
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_flows_as_through_an_inner_product() {
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let mut p = Problem::random(12, 4, 3, 5);
+        p.x[7] = bad;
+        let got = p.run(&param(3, 4, 0.5));
+        let plain = p.run(&param(3, 1, 0.5));
+        let same = |a: &[f64], b: &[f64]| {
+            a.iter()
+                .zip(b)
+                .all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan()))
+        };
+        assert!(same(&got.top[3..6], &plain.top[3..6]), "{:?}", got.top);
+        assert!(same(&got.dx[5..10], &plain.dx[5..10]));
+        // The other samples do not see it.
+        let others = got.top[..3].iter().chain(&got.top[6..]);
+        assert!(others.chain(&got.dx[..5]).all(|v| v.is_finite()));
+    }
+}
+
+#[test]
+fn an_inner_product_that_overflows_flows_out_as_infinity() {
+    let (x, w) = ([3e38f32; 4], [3e38f32; 4]);
+    let got = run(&param(1, 4, 0.0), (&x, &w, &[0.0], &[1.0]), 4, 1);
+    assert_eq!(got.top, [f32::INFINITY]);
+    assert_eq!(got.dx, w);
+}
+
+#[test]
+fn empty_batches_and_empty_features_are_no_error() {
+    let param = param(3, 4, 1.0);
+    let mut none = layer(&param, 0, 5);
+    none.forward::<f32>(&NaiveGemm, &[], Some(&[]), &[0.5; 15], &mut [], None)
+        .unwrap();
+    let mut dw = [2f32; 15];
+    let gradients = Gradients {
+        features: None,
+        weights: Some(&mut dw[..]),
+    };
+    none.backward(&NaiveGemm, &[], &[], &[0.5; 15], gradients)
+        .unwrap();
+    assert_eq!(dw, [2.0; 15]);
+
+    let mut top = [9f32; 6];
+    layer(&param, 2, 0)
+        .forward(&NaiveGemm, &[], Some(&[0.0, 2.0]), &[], &mut top, None)
+        .unwrap();
+    assert_eq!(top, [0.0; 6]);
+}
+
+#[test]
+fn the_batch_may_change_but_not_the_features() {
+    let mut layer = layer(&param(3, 4, 1.0), 4, 6);
+    let sizes = layer.reshape(&[2, 3, 2], Some(2)).unwrap();
+    assert_eq!((sizes.samples, sizes.features, sizes.axis), (2, 6, 1));
+    let message = layer.reshape(&[2, 5], Some(2)).unwrap_err().to_string();
+    assert!(
+        message.contains("K = 5") && message.contains("K = 6"),
+        "{message}"
+    );
+}
+
+#[test]
+fn axis_splits_samples_from_features() {
+    let sizes = |axis, labels| {
+        let param = LargeMarginInnerProductParameter {
+            axis: Some(axis),
+            ..param(3, 2, 0.0)
+        };
+        let mut layer = LargeMarginInnerProduct::new(&param).unwrap();
+        layer
+            .reshape(&[2, 3, 4, 5], labels)
+            .map(|s| (s.samples, s.features, s.axis))
+            .map_err(|e| e.to_string())
+    };
+    assert_eq!(sizes(1, Some(2)), Ok((2, 60, 1)));
+    assert_eq!(sizes(2, Some(6)), Ok((6, 20, 2)));
+    assert_eq!(sizes(-1, Some(24)), Ok((24, 5, 3)));
+    assert_eq!(sizes(0, None), Ok((1, 120, 0)));
+    for bad in [4, -5, i32::MIN, i32::MAX] {
+        assert!(
+            sizes(bad, None)
+                .unwrap_err()
+                .starts_with(&format!("axis: {bad} "))
+        );
+    }
+    assert!(
+        sizes(2, Some(2))
+            .unwrap_err()
+            .starts_with("2 labels for 6 samples")
+    );
+}
+
+#[test]
+fn parameters_out_of_range_are_refused_by_name_and_value() {
+    type Set = fn(&mut LargeMarginInnerProductParameter);
+    let cases: [(Set, &str); 7] = [
+        (|p| p.num_output = None, "num_output is missing"),
+        (|p| p.num_output = Some(0), "num_output: 0"),
+        (|p| p.num_output = Some(u32::MAX), "num_output: 4294967295"),
+        (|p| p.margin = Some(0), "margin: 0"),
+        (|p| p.iteration = Some(-3), "iteration: -3"),
+        (|p| p.gamma = Some(-0.5), "gamma: -0.5"),
+        (|p| p.base = Some(f32::NAN), "base: NaN"),
+    ];
+    for (set, words) in cases {
+        let mut p = param(3, 2, 1.0);
+        set(&mut p);
+        let message = LargeMarginInnerProduct::new(&p).unwrap_err().to_string();
+        assert!(message.starts_with(words), "{message}");
+    }
+}
+
+#[test]
+fn lambda_descends_with_each_forward_pass_and_resumes() {
+    let falling = |iteration| LargeMarginInnerProductParameter {
+        gamma: Some(1.0),
+        power: Some(1.0),
+        iteration: Some(iteration),
+        ..param(1, 2, 120.0)
+    };
+    let pass = |layer: &mut LargeMarginInnerProduct| {
+        layer
+            .forward(&NaiveGemm, &[1.0], Some(&[0.0]), &[1.0], &mut [0.0], None)
+            .unwrap();
+        layer.lambda()
+    };
+    let mut whole = layer(&falling(0), 1, 1);
+    assert_eq!((whole.iteration(), whole.lambda()), (0, 60.0));
+    let lambdas: Vec<f64> = (0..5).map(|_| pass(&mut whole)).collect();
+    assert_eq!(lambdas, [60.0, 40.0, 30.0, 24.0, 20.0]);
+
+    let mut resumed = layer(&falling(0), 1, 1);
+    resumed.resume(3);
+    assert_eq!((resumed.iteration(), resumed.lambda()), (3, 24.0));
+    assert_eq!(pass(&mut resumed), 24.0);
+    assert_eq!(pass(&mut resumed), 20.0);
+
+    // By hand, as with the original layer: the higher one wins.
+    let mut by_hand = layer(&falling(4), 1, 1);
+    by_hand.resume(2);
+    assert_eq!(pass(&mut by_hand), 20.0);
+
+    let mut counted = layer(&falling(1), 1, 1);
+    counted.resume_after(2);
+    assert_eq!(pass(&mut counted), 24.0);
+
+    let mut last = layer(&falling(i32::MAX), 1, 1);
+    last.resume_after(i32::MAX);
+    assert!(pass(&mut last).is_finite());
+    assert_eq!(last.iteration(), i32::MAX);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn the_target_logit_never_rises_and_others_stay(
+        seed in 0u64..1000, m in 1usize..9, margin in 1u32..9, lambda in 0f32..100.0,
+    ) {
+        let p = Problem::random(seed, m, 5, 7);
+        let plain = p.run(&param(5, 1, 0.0)).top;
+        let got = p.run(&param(5, margin, lambda)).top;
+        for (i, (g, f)) in got.iter().zip(&plain).enumerate() {
+            if i % 5 == p.labels[i / 5] as usize {
+                prop_assert!(g <= &(f + 1e-12));
+            } else {
+                prop_assert_eq!(g, f);
+            }
+        }
+    }
+
+    #[test]
+    fn equals_the_oracle_at_random(
+        seed in 0u64..10_000, m in 1usize..20, n in 1usize..9, k in 1usize..40,
+        margin in 1u32..12, lambda in 0f32..10.0,
+    ) {
+        let p = Problem::random(seed, m, n, k);
+        let (got, want) = (p.run(&param(n, margin, lambda)), p.oracle(margin, f64::from(lambda)));
+        assert_close(&got.top, &want.top, 1e-9, "top");
+        assert_close(&got.dx, &want.dx, 1e-8, "dx");
+        assert_close(&got.dw, &want.dw, 1e-8, "dw");
+    }
+
+    #[test]
+    fn the_order_of_the_batch_does_not_matter(seed in 0u64..1000, turn in 0usize..6) {
+        let p = Problem::random(seed, 6, 3, 4);
+        let mut turned = p.clone();
+        turned.x.rotate_left(turn * 4);
+        turned.labels.rotate_left(turn);
+        turned.g.rotate_left(turn * 3);
+        let (mut want, got) = (p.run(&param(3, 4, 0.5)), turned.run(&param(3, 4, 0.5)));
+        want.top.rotate_left(turn * 3);
+        want.dx.rotate_left(turn * 4);
+        prop_assert_eq!(got.top, want.top);
+        prop_assert_eq!(got.dx, want.dx);
+        assert_close(&got.dw, &want.dw, 1e-12, "dw");
+    }
+
+    #[test]
+    fn any_bytes_make_a_layer_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+        let layer = lsoftmax::param::decode(&bytes).and_then(|p| LargeMarginInnerProduct::new(&p));
+        if let Ok(mut layer) = layer {
+            let _ = layer.reshape(&[2, 3], Some(2));
+            prop_assert!(layer.lambda().is_finite());
+        }
+    }
+}
+
+/// An angle in [0, pi] and a margin, for the properties of psi.
+fn margins_and_cosines() -> impl Strategy<Value = (u32, f64)> {
+    // Cosines by angle, so that they crowd at both ends as psi's segments do;
+    // some are those of a border between segments, or next to one.
+    (1u32..=Margin::MAX).prop_flat_map(|m| {
+        let border = (0..=m).prop_map(move |j| f64::from(j) / f64::from(m));
+        let near =
+            (border.clone(), -1e-9..1e-9).prop_map(|(b, d): (f64, f64)| (b + d).clamp(0.0, 1.0));
+        let angle = prop_oneof![0.0..=1.0, border, near];
+        (Just(m), angle.prop_map(|t: f64| (PI * t).cos()))
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn psi_falls_and_has_no_jump((m, c) in margins_and_cosines(), step in 1e-12..1e-3f64) {
+        let margin = Margin::new(m).unwrap();
+        let (psi, dpsi) = margin.at(c);
+        let mm = f64::from(m);
+        // The rounding of c, by the steepest slopes: m^2 of psi, m^4 of psi'.
+        let rounding = 1e-15 * mm * mm;
+        prop_assert!(psi <= 1.0 + rounding && psi >= 1.0 - 2.0 * mm - rounding);
+        let around = rounding * mm * mm;
+        prop_assert!((-around..=mm * mm + around).contains(&dpsi), "{dpsi}");
+        let lower = (c - step).max(-1.0);
+        let (below, _) = margin.at(lower);
+        // It falls with c, by no more than its steepest slope, m^2.
+        prop_assert!(below <= psi + rounding, "{below} above {psi}");
+        prop_assert!(psi - below <= mm * mm * (c - lower) * (1.0 + 1e-9) + rounding);
+    }
+
+    #[test]
+    fn psi_at_the_angle_is_equation_6((m, c) in margins_and_cosines()) {
+        let (psi, _) = Margin::new(m).unwrap().at(c);
+        let (mm, theta) = (f64::from(m), c.acos());
+        let k = (mm * theta / PI).floor().min(mm - 1.0);
+        let want = (-1f64).powf(k) * (mm * theta).cos() - 2.0 * k;
+        prop_assert!((psi - want).abs() < 1e-13 * mm * mm + 1e-12, "{psi} {want}");
+    }
+
+    #[test]
+    fn the_derivative_of_psi_is_its_slope((m, c) in margins_and_cosines()) {
+        let margin = Margin::new(m).unwrap();
+        let mm = f64::from(m);
+        // |psi''| is at most m^2 (m^2 - 1) / 3, which bounds the error of a
+        // difference over h; rounding in psi, the one that h divides.
+        let h = 1e-6 / (mm * mm);
+        let c = c.clamp(h - 1.0, 1.0 - h);
+        let slope = (margin.at(c + h).0 - margin.at(c - h).0) / (2.0 * h);
+        let (_, dpsi) = margin.at(c);
+        let bound = mm.powi(4) / 3.0 * h + 1e-15 * mm * mm / h;
+        prop_assert!((slope - dpsi).abs() <= bound, "{slope} {dpsi}, bound {bound}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn the_margin_sees_angles_alone(
+        seed in 0u64..10_000, margin in 1u32..12, lambda in 0f32..10.0, by in -40i32..40,
+    ) {
+        // A power of 2 scales without rounding: logits and gradients follow to
+        // the last bit.
+        let scale = f64::from(by).exp2();
+        let p = Problem::random(seed, 7, 4, 6);
+        let param = param(4, margin, lambda);
+        let plain = p.run(&param);
+        let times = |v: &[f64]| v.iter().map(|a| a * scale).collect::<Vec<f64>>();
+
+        let mut far = p.clone();
+        far.x = times(&p.x);
+        let got = far.run(&param);
+        prop_assert_eq!(&got.top, &times(&plain.top));
+        prop_assert_eq!(&got.dx, &plain.dx);
+        prop_assert_eq!(&got.dw, &times(&plain.dw));
+
+        let mut long = p.clone();
+        long.w = times(&p.w);
+        let got = long.run(&param);
+        prop_assert_eq!(&got.top, &times(&plain.top));
+        prop_assert_eq!(&got.dx, &times(&plain.dx));
+        prop_assert_eq!(&got.dw, &plain.dw);
+    }
+
+    #[test]
+    fn a_class_alone_scaled_changes_its_own_logits_alone(
+        seed in 0u64..10_000, margin in 1u32..12, class in 0usize..4, scale in 1e-3..1e3f64,
+    ) {
+        let p = Problem::random(seed, 7, 4, 6);
+        let mut scaled = p.clone();
+        scaled.w[class * 6..][..6].iter_mut().for_each(|w| *w *= scale);
+        let (got, plain) = (scaled.run(&param(4, margin, 0.5)), p.run(&param(4, margin, 0.5)));
+        for (i, (got, want)) in got.top.iter().zip(&plain.top).enumerate() {
+            if i % 4 == class {
+                prop_assert!((got - want * scale).abs() <= 1e-9 * scale);
+            } else {
+                prop_assert_eq!(got, want);
+            }
+        }
+    }
+
+    #[test]
+    fn f32_keeps_to_f64_within_its_rounding(
+        seed in 0u64..10_000, m in 1usize..20, n in 1usize..9, k in 1usize..200,
+        margin in 1u32..9, lambda in 0f32..100.0,
+    ) {
+        let mut p = Problem::random(seed, m, n, k);
+        // Both get the values that f32 has.
+        for v in p.x.iter_mut().chain(&mut p.w).chain(&mut p.g) {
+            *v = f64::from(*v as f32);
+        }
+        let param = param(n, margin, lambda);
+        let (got, want) = (p.run_f32(&param), p.run(&param));
+        // The cosine has f32's rounding; psi is up to m^2 steeper than it,
+        // its derivative m^4, and near theta = 0 by its whole size.
+        let steep = f64::from(margin).powi(2);
+        assert_close(&got.top, &want.top, 2e-7 * steep, "top");
+        assert_close(&got.dx, &want.dx, 4e-7 * steep * steep, "dx");
+        assert_close(&got.dw, &want.dw, 4e-7 * steep * steep, "dw");
+    }
+
+    #[test]
+    fn any_order_of_the_batch_gives_the_same(
+        (p, order) in (0u64..10_000, 1usize..12).prop_flat_map(|(seed, m)| {
+            let order = Just((0..m).collect::<Vec<usize>>()).prop_shuffle();
+            (Just(Problem::random(seed, m, 3, 5)), order)
+        }),
+        margin in 1u32..9,
+    ) {
+        let pick = |v: &[f64], width: usize| -> Vec<f64> {
+            order.iter().flat_map(|&i| v[i * width..][..width].to_vec()).collect()
+        };
+        let shuffled = Problem {
+            x: pick(&p.x, 5),
+            labels: pick(&p.labels, 1),
+            g: pick(&p.g, 3),
+            ..p.clone()
+        };
+        let param = param(3, margin, 0.5);
+        let (want, got) = (p.run(&param), shuffled.run(&param));
+        prop_assert_eq!(got.top, pick(&want.top, 3));
+        prop_assert_eq!(got.dx, pick(&want.dx, 5));
+        assert_close(&got.dw, &want.dw, 1e-12, "dw");
+    }
+
+    #[test]
+    fn any_finite_features_of_f32_give_no_nan(
+        x in proptest::collection::vec(any::<f32>(), 6),
+        w in proptest::collection::vec(any::<f32>(), 6),
+        margin in 1u32..9, lambda in 0f32..10.0,
+    ) {
+        // Sums that overflow in the plain product are its own affair.
+        let (x, w): (Vec<f32>, Vec<f32>) = (
+            x.iter().map(|v| v.clamp(-1e18, 1e18)).collect(),
+            w.iter().map(|v| v.clamp(-1e18, 1e18)).collect(),
+        );
+        prop_assume!(x.iter().chain(&w).all(|v| v.is_finite()));
+        let got = run(&param(3, margin, lambda), (&x, &w, &[0.0, 2.0, 1.0], &[1.0; 9]), 2, 3);
+        prop_assert!(got.top.iter().chain(&got.dx).chain(&got.dw).all(|v| v.is_finite()), "{got:?}");
+    }
+}
+
+/// A message of LargeMarginInnerProductParameter's fields with any values, so
+/// that more than a few arbitrary bytes get past the decoding.
+fn any_message() -> impl Strategy<Value = Vec<u8>> {
+    let float = prop_oneof![
+        any::<f32>(),
+        Just(f32::NAN),
+        Just(f32::INFINITY),
+        0f32..10.0
+    ];
+    let varint = prop_oneof![0u64..20, any::<u64>(), Just(u64::MAX), Just(1 << 31)];
+    let field = (1u64..13, float, varint).prop_map(|(tag, float, number)| {
+        let mut bytes = Vec::new();
+        let varint = |bytes: &mut Vec<u8>, mut v: u64| {
+            while v >= 128 {
+                bytes.push(v as u8 | 128);
+                v >>= 7;
+            }
+            bytes.push(v as u8);
+        };
+        match tag {
+            5 | 6 | 7 | 9 => {
+                varint(&mut bytes, tag << 3 | 5);
+                bytes.extend(float.to_le_bytes());
+            }
+            _ => {
+                varint(&mut bytes, tag << 3);
+                varint(&mut bytes, number);
+            }
+        }
+        bytes
+    });
+    proptest::collection::vec(field, 0..12).prop_map(|fields| fields.concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn any_parameters_make_a_layer_that_works_or_an_error(
+        bytes in prop_oneof![any_message(), proptest::collection::vec(any::<u8>(), 0..64)],
+        shape in proptest::collection::vec(prop_oneof![0..5i32, any::<i32>()], 0..6),
+        labels in proptest::collection::vec(prop_oneof![(0..4i32).prop_map(f64::from), any::<f64>()], 4),
+        resume in any::<i32>(),
+    ) {
+        let create =
+            || lsoftmax::param::decode(&bytes).and_then(|p| LargeMarginInnerProduct::new(&p));
+        let Ok(mut layer) = create() else {
+            return Ok(());
+        };
+        layer.resume(resume);
+        prop_assert!(layer.iteration() >= 0);
+        prop_assert!(layer.lambda() >= 0.0 && layer.lambda().is_finite());
+        if let Ok(sizes) = layer.reshape(&shape, None) {
+            prop_assert!(sizes.samples.max(sizes.features) <= i32::MAX as usize);
+        }
+
+        let mut layer = create().unwrap();
+        let Ok(sizes) = layer.reshape(&[4, 3], Some(4)) else {
+            return Ok(());
+        };
+        // Memory is what num_output asks for.
+        prop_assume!(sizes.classes <= 1000);
+        let (x, w) = (noise(1, 12), noise(2, sizes.classes * 3));
+        let mut top = vec![0.0; 4 * sizes.classes];
+        let done = layer.forward(&NaiveGemm, &x, Some(&labels), &w, &mut top, None);
+        prop_assert!(done.is_err() || top.iter().all(|v| v.is_finite()), "{top:?}");
+    }
+}

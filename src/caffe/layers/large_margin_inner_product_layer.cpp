@@ -1,0 +1,315 @@
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "caffe/filler.hpp"
+#include "caffe/layers/large_margin_inner_product_layer.hpp"
+#include "caffe/net.hpp"
+#include "caffe/util/format.hpp"
+#include "caffe/util/io.hpp"
+#include "caffe/util/math_functions.hpp"
+#include "lsoftmax/blobs.hpp"
+#include "lsoftmax/src/bridge.rs.h"
+
+namespace caffe {
+
+using lsoftmax::Data;
+using lsoftmax::Diff;
+using lsoftmax::Fail;
+using lsoftmax::MutableData;
+using lsoftmax::MutableDiff;
+#ifndef CPU_ONLY
+using lsoftmax::GpuData;
+using lsoftmax::GpuDiff;
+using lsoftmax::MutableGpuData;
+using lsoftmax::MutableGpuDiff;
+using lsoftmax::Scratch;
+#endif  // CPU_ONLY
+
+namespace {
+
+CBLAS_TRANSPOSE Transpose(bool transpose) {
+  return transpose ? CblasTrans : CblasNoTrans;
+}
+
+// The BLAS that this Caffe is built with.
+class CpuBlas : public lsoftmax::Blas {
+ public:
+  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
+      int k, const float* a, const float* b, float beta, float* c) const {
+    caffe_cpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
+        m, n, k, 1.f, a, b, beta, c);
+  }
+  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
+      int k, const double* a, const double* b, double beta, double* c) const {
+    caffe_cpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
+        m, n, k, 1., a, b, beta, c);
+  }
+};
+
+#ifndef CPU_ONLY
+// cuBLAS, on Caffe's handle.
+class GpuBlas : public lsoftmax::Blas {
+ public:
+  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
+      int k, const float* a, const float* b, float beta, float* c) const {
+    caffe_gpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
+        m, n, k, 1.f, a, b, beta, c);
+  }
+  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
+      int k, const double* a, const double* b, double beta, double* c) const {
+    caffe_gpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
+        m, n, k, 1., a, b, beta, c);
+  }
+};
+#endif  // CPU_ONLY
+
+}  // namespace
+
+template <typename Dtype>
+struct LargeMarginInnerProductLayer<Dtype>::State {
+  explicit State(const string& param)
+      : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
+            reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
+
+  lsoftmax::MatrixSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
+    const vector<int>& shape = bottom[0]->shape();
+    return lsoftmax::reshape(*rust,
+        rust::Slice<const int32_t>(shape.data(), shape.size()),
+        bottom.size() > 1 ? bottom[1]->count() : -1);
+  }
+
+  rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
+
+#ifndef CPU_ONLY
+  // What a forward pass on the GPU leaves to the backward pass.
+  uint8_t* GpuScratch() { return scratch.Get(rust->device_bytes()); }
+  Scratch scratch;
+#endif  // CPU_ONLY
+};
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  for (int i = 1; i < this->layer_param_.loss_weight_size(); ++i) {
+    if (this->layer_param_.loss_weight(i) != 0) {
+      Fail(*this, "loss_weight of a top other than the first must be 0: no "
+          "gradient passes through lambda or the plain logits");
+    }
+  }
+  for (int i = 0; i < top.size(); ++i) {
+    if (std::find(bottom.begin(), bottom.end(), top[i]) != bottom.end()) {
+      Fail(*this, "top " + format_int(i) + " is one of the bottoms: the layer "
+          "does not work in place");
+    }
+  }
+  const LargeMarginInnerProductParameter& param =
+      this->layer_param_.largemargin_inner_product_param();
+  vector<int> weight_shape(2);
+  try {
+    state_.reset(new State(param.SerializeAsString()));
+    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    weight_shape[0] = sizes.classes;
+    weight_shape[1] = sizes.features;
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+  if (this->blobs_.size() > 0) {
+    LOG(INFO) << "Skipping parameter initialization";
+    const Blob<Dtype>& weight = *this->blobs_[0];
+    if (this->blobs_.size() != 1 || weight.shape() != weight_shape) {
+      Fail(*this, "the net's own blobs must be one of shape "
+          + Blob<Dtype>(weight_shape).shape_string() + ", not "
+          + format_int(this->blobs_.size()) + ", the first of shape "
+          + weight.shape_string());
+    }
+  } else {
+    this->blobs_.resize(1);
+    this->blobs_[0].reset(new Blob<Dtype>(weight_shape));
+    // A filler divides by the fan-in and has nothing to fill without features.
+    if (this->blobs_[0]->count() > 0) {
+      shared_ptr<Filler<Dtype> > weight_filler(
+          GetFiller<Dtype>(param.weight_filler()));
+      weight_filler->Fill(this->blobs_[0].get());
+    }
+  }
+  this->param_propagate_down_.resize(this->blobs_.size(), true);
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Reshape(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  vector<int> top_shape = bottom[0]->shape();
+  try {
+    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    top_shape.resize(sizes.axis + 1);
+    top_shape[sizes.axis] = sizes.classes;
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+  top[0]->Reshape(top_shape);
+  if (top.size() > 1) { top[1]->Reshape(vector<int>(1, 1)); }
+  if (top.size() > 2) { top[2]->Reshape(top_shape); }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  try {
+    lsoftmax::forward(*state_->rust, CpuBlas(), Data(bottom[0]),
+        bottom.size() > 1 ? Data(bottom[1]) : rust::Slice<const Dtype>(),
+        Data(this->blobs_[0].get()), MutableData(top[0]),
+        top.size() > 2 ? MutableData(top[2]) : rust::Slice<Dtype>());
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+  WriteLambda(top);
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::WriteLambda(
+    const vector<Blob<Dtype>*>& top) const {
+  if (top.size() > 1) {
+    top[1]->mutable_cpu_data()[0] = static_cast<Dtype>(state_->rust->lambda());
+  }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::CheckPropagateDown(
+    const vector<bool>& propagate_down) const {
+  if (propagate_down.size() > 1 && propagate_down[1]) {
+    Fail(*this, "cannot backpropagate to label inputs");
+  }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Backward_cpu(
+    const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
+    const vector<Blob<Dtype>*>& bottom) {
+  CheckPropagateDown(propagate_down);
+  Blob<Dtype>* weight = this->blobs_[0].get();
+  try {
+    lsoftmax::backward(*state_->rust, CpuBlas(),
+        Diff(top[0]), Data(bottom[0]),
+        Data(weight),
+        propagate_down[0] ? MutableDiff(bottom[0]) : rust::Slice<Dtype>(),
+        this->param_propagate_down_[0] ? MutableDiff(weight)
+            : rust::Slice<Dtype>());
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+}
+
+#ifdef CPU_ONLY
+STUB_GPU(LargeMarginInnerProductLayer);
+#else
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Forward_gpu(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  try {
+    lsoftmax::forward_gpu(*state_->rust, GpuBlas(), GpuData(bottom[0]),
+        bottom.size() > 1 ? GpuData(bottom[1]) : NULL,
+        GpuData(this->blobs_[0].get()), MutableGpuData(top[0]),
+        top.size() > 2 ? MutableGpuData(top[2]) : NULL, state_->GpuScratch());
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+  WriteLambda(top);
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Backward_gpu(
+    const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
+    const vector<Blob<Dtype>*>& bottom) {
+  CheckPropagateDown(propagate_down);
+  Blob<Dtype>* weight = this->blobs_[0].get();
+  try {
+    lsoftmax::backward_gpu(*state_->rust, GpuBlas(),
+        GpuDiff(top[0]), bottom.size() > 1, GpuData(bottom[0]),
+        GpuData(weight),
+        propagate_down[0] ? MutableGpuDiff(bottom[0]) : NULL,
+        this->param_propagate_down_[0] ? MutableGpuDiff(weight) : NULL,
+        state_->GpuScratch());
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+}
+#endif  // CPU_ONLY
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
+    bool write_diff) {
+  Layer<Dtype>::ToProto(param, write_diff);
+  param->mutable_largemargin_inner_product_param()->set_iteration(
+      state_->rust->iteration());
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Resume(int iteration) {
+  state_->rust->resume(iteration);
+  LogResume();
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::ResumeAfter(int passes) {
+  state_->rust->resume_after(passes);
+  LogResume();
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::LogResume() const {
+  LOG_IF(INFO, Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "' resumes after iteration "
+      << state_->rust->iteration() << ", lambda = " << state_->rust->lambda();
+}
+
+template <typename Dtype>
+void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
+    int iter, int iter_size) {
+  typedef LargeMarginInnerProductLayer<Dtype> MarginLayer;
+  std::map<string, MarginLayer*> layers;
+  for (int i = 0; i < net->layers().size(); ++i) {
+    MarginLayer* layer = dynamic_cast<MarginLayer*>(net->layers()[i].get());
+    if (layer) { layers[net->layer_names()[i]] = layer; }
+  }
+  if (layers.empty()) { return; }
+
+  const string hdf5 = ".h5";
+  if (state_file.size() < hdf5.size() || state_file.compare(
+      state_file.size() - hdf5.size(), hdf5.size(), hdf5) != 0) {
+    SolverState state;
+    ReadProtoFromBinaryFileOrDie(state_file, &state);
+    NetParameter model;
+    if (state.has_learned_net()) {
+      ReadProtoFromBinaryFileOrDie(state.learned_net(), &model);
+    }
+    for (int i = 0; i < model.layer_size(); ++i) {
+      const LayerParameter& saved = model.layer(i);
+      if (layers.count(saved.name())
+          && saved.largemargin_inner_product_param().has_iteration()) {
+        layers[saved.name()]->Resume(
+            saved.largemargin_inner_product_param().iteration());
+        layers.erase(saved.name());
+      }
+    }
+  }
+  // What no model tells: HDF5 snapshots, and those of the original layer.
+  const int64_t passes = static_cast<int64_t>(iter) * iter_size;
+  const int64_t most = std::numeric_limits<int>::max();
+  for (typename std::map<string, MarginLayer*>::iterator it = layers.begin();
+      it != layers.end(); ++it) {
+    it->second->ResumeAfter(static_cast<int>(std::min(passes, most)));
+  }
+}
+
+template void RestoreLargeMarginIteration<float>(Net<float>* net,
+    const string& state_file, int iter, int iter_size);
+template void RestoreLargeMarginIteration<double>(Net<double>* net,
+    const string& state_file, int iter, int iter_size);
+
+INSTANTIATE_CLASS(LargeMarginInnerProductLayer);
+REGISTER_LAYER_CLASS(LargeMarginInnerProduct);
+
+}  // namespace caffe

@@ -1,0 +1,146 @@
+"""Caffe's protobuf messages, and what a solver's schedules mean."""
+import importlib
+import math
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+class UserError(Exception):
+    """A mistake in the input; the message says what to do."""
+
+
+def load():
+    """The module caffe_pb2 of the built, patched Caffe.
+
+    It is imported by itself: the whole of pycaffe takes a second to load and
+    initialises logging.
+    """
+    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
+        ROOT, "build", "caffe")
+    folder = os.path.join(caffe_root, "python", "caffe", "proto")
+    if not os.path.exists(os.path.join(folder, "caffe_pb2.py")):
+        raise UserError("no built pycaffe in %s: run cmake/build_caffe.sh, or "
+                        "set CAFFE_ROOT to a Caffe with the plugin"
+                        % caffe_root)
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module("caffe_pb2")
+    except ImportError as error:
+        raise UserError("cannot load %s/caffe_pb2.py: %s" % (folder, error))
+    finally:
+        sys.path.remove(folder)
+    if not hasattr(module, "LargeMarginInnerProductParameter"):
+        raise UserError("the Caffe in %s has no LargeMarginInnerProduct: run "
+                        "caffe_patch/apply.sh on it and build it again"
+                        % caffe_root)
+    return module
+
+
+def read_text(path, message):
+    """Fills message from the prototxt at path."""
+    from google.protobuf import text_format
+    try:
+        with open(path) as file:
+            text_format.Parse(file.read(), message)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("cannot read %s: %s" % (path, error))
+    except text_format.ParseError as error:
+        raise UserError("%s:%s" % (path, error))
+    return message
+
+
+def read_solver(pb, path):
+    """The SolverParameter at path and its NetParameter."""
+    solver = read_text(path, pb.SolverParameter())
+    if solver.HasField("net_param"):
+        return solver, solver.net_param
+    if solver.HasField("train_net_param"):
+        return solver, solver.train_net_param
+    name = solver.net or solver.train_net
+    if not name:
+        raise UserError("%s names no net" % path)
+    # Caffe takes the name from the folder that it runs in, which is the
+    # project's root for the examples.
+    tried = [os.path.join(base, name) for base in ("", ROOT)]
+    for net in tried:
+        if os.path.exists(net):
+            return solver, read_text(net, pb.NetParameter())
+    raise UserError("%s names the net %s, which is not there" % (path, name))
+
+
+def in_phase(pb, net, layer, phase):
+    """Whether Caffe keeps layer in that phase (only rules on phases count)."""
+    def meets(rule):
+        return not rule.HasField("phase") or rule.phase == phase
+    if layer.HasField("phase"):
+        return layer.phase == phase
+    if layer.include:
+        return any(meets(rule) for rule in layer.include)
+    return not any(meets(rule) for rule in layer.exclude)
+
+
+def check_solver(solver, path):
+    """Raises UserError where the schedule of the solver means nothing."""
+    if solver.max_iter < 1:
+        raise UserError("%s: max_iter is %d" % (path, solver.max_iter))
+    if solver.iter_size < 1:
+        raise UserError("%s: iter_size is %d" % (path, solver.iter_size))
+    if solver.lr_policy in ("step", "sigmoid") and solver.stepsize < 1:
+        raise UserError("%s: lr_policy \"%s\" needs a stepsize above 0"
+                        % (path, solver.lr_policy))
+    learning_rate(solver, 0)
+
+
+def check_schedule(name, param):
+    """Raises UserError where the descent of lambda means nothing."""
+    for field in ("base", "gamma", "power", "lambda_min", "iteration"):
+        value = getattr(param, field)
+        if not 0 <= value < math.inf:
+            raise UserError("layer %s: largemargin_inner_product_param.%s is "
+                            "%g: it must be at least 0"
+                            % (name, field, value))
+    if param.HasField("margin") and param.margin < 1:
+        raise UserError("layer %s: largemargin_inner_product_param.margin is "
+                        "0: it must be at least 1" % name)
+
+
+def learning_rate(solver, iteration):
+    """The learning rate of the solver in that iteration (from 0)."""
+    base, gamma, power = solver.base_lr, solver.gamma, solver.power
+    policy = solver.lr_policy
+    if policy == "fixed":
+        return base
+    if policy == "step":
+        return base * gamma ** (iteration // solver.stepsize)
+    if policy == "exp":
+        return base * gamma ** iteration
+    if policy == "inv":
+        return base * (1 + gamma * iteration) ** -power
+    if policy == "multistep":
+        return base * gamma ** sum(s <= iteration for s in solver.stepvalue)
+    if policy == "poly":
+        return base * (1 - iteration / solver.max_iter) ** power
+    if policy == "sigmoid":
+        return base / (1 + math.exp(-gamma * (iteration - solver.stepsize)))
+    raise UserError("lr_policy \"%s\" is none of Caffe's" % policy)
+
+
+def first_drop(solver):
+    """The iteration of the first step down of the learning rate, or None."""
+    steps = {"step": [solver.stepsize], "multistep": solver.stepvalue}
+    steps = steps.get(solver.lr_policy, [])
+    return min(steps) if steps and min(steps) < solver.max_iter else None
+
+
+def margin(param):
+    """m of a LargeMarginInnerProductParameter."""
+    return param.margin if param.HasField("margin") else param.type + 1
+
+
+def lambda_at(param, iteration, iter_size=1):
+    """lambda as Caffe's log shows it for that iteration of the solver."""
+    passes = param.iteration + (iteration + 1) * iter_size
+    return max(param.lambda_min,
+               param.base * (1 + param.gamma * passes) ** -param.power)

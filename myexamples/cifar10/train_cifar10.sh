@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Trains the paper's net for CIFAR-10; made for a GPU. Options go to
+# `caffe train` (--gpu=0, --snapshot=FILE, --weights=FILE).
+# shellcheck source=SCRIPTDIR/../common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+here=$ROOT/myexamples/cifar10
+"$here/get_cifar10.sh"
+train_paper "$here/cifar10_solver.prototxt" "$here/cifar10_snapshot" "$@"

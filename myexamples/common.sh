@@ -1,0 +1,190 @@
+# shellcheck shell=bash
+# What the example scripts share. Source it first: it goes to the project's
+# root, from which the paths in the prototxts are meant.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -n "${CAFFE_ROOT:-}" ]; then
+  CAFFE_ROOT=$(realpath -m -- "$CAFFE_ROOT")
+  export CAFFE_ROOT
+else
+  # Not exported: build_caffe.sh takes a CAFFE_ROOT in its environment for a
+  # tree of the user's own.
+  CAFFE_ROOT=$ROOT/build/caffe
+fi
+CAFFE=$CAFFE_ROOT/build/tools/caffe
+# The system's python has the packages that apt installs; another python3 may
+# come first in PATH.
+PYTHON=/usr/bin/python3
+cd "$ROOT"
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+# Show PATH as seen from the project's root.
+rel() { printf '%s' "${1#"$ROOT"/}"; }
+
+# need_packages PURPOSE PACKAGE...: install Debian packages, or say which.
+need_packages() {
+  local purpose=$1 as_root=()
+  shift
+  command -v apt-get >/dev/null ||
+    die "$purpose needs what Debian calls $*: install it and run this again"
+  if [ "$(id -u)" -ne 0 ]; then
+    if command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }
+    then
+      as_root=(sudo)
+    else
+      die "$purpose needs packages. As root run:  apt-get install $*"
+    fi
+  fi
+  say "installing for $purpose: $*"
+  local log
+  log=$(mktemp)
+  if ! { "${as_root[@]}" apt-get update &&
+         "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+           apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1
+  then
+    tail -n 5 "$log" >&2
+    rm -f "$log"
+    die "apt-get could not install $* (its last words are above)"
+  fi
+  rm -f "$log"
+}
+
+# build_caffe [OPTION...]: cmake/build_caffe.sh for the CPU. A Caffe that was
+# built with CUDA stays so: it has the CPU too.
+build_caffe() {
+  if [ -x "$CAFFE" ]; then
+    "$ROOT/cmake/build_caffe.sh" "$@"
+  else
+    "$ROOT/cmake/build_caffe.sh" --cpu "$@"
+  fi
+}
+
+# Which images the LMDBs of mnist hold.
+mnist_name() {
+  cat "$ROOT/myexamples/mnist/mnist_train_lmdb/dataset.txt" 2>/dev/null ||
+    echo "images of your own"
+}
+
+need_plots() {
+  "$PYTHON" -c 'import matplotlib' 2>/dev/null ||
+    need_packages "the plots" python3-matplotlib
+}
+
+# one_at_a_time FILE: from here to its end no other script holds the lock FILE.
+one_at_a_time() {
+  exec 9>"$1"
+  if ! flock -n 9; then
+    say "waiting for another script that works in $(rel "${1%/*}")"
+    flock 9
+  fi
+}
+
+sha256_is() { [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$2" ]; }
+
+# fetch FILE SHA256 URL...: download FILE from the first URL that has it.
+# FILE appears only whole and verified; FILE.part is what a broken download
+# left, and the next one continues it. Returns 1 when no URL has it.
+fetch() {
+  local file=$1 sha=$2 url before after code status shown=(--silent)
+  shift 2
+  if [ -e "$file" ]; then
+    sha256_is "$file" "$sha" && return
+    die "$(rel "$file") has a wrong SHA-256 (expected $sha): remove it and\
+ run this again"
+  fi
+  command -v curl >/dev/null || need_packages downloads curl ca-certificates
+  [ ! -t 2 ] || shown=(--progress-bar)
+  for url; do
+    say "downloading $url"
+    while :; do
+      before=$(stat -c %s "$file.part" 2>/dev/null || echo 0)
+      status=0
+      code=$(curl --fail --location --show-error "${shown[@]}" \
+        --connect-timeout 10 --speed-limit 1000 --speed-time 20 \
+        --continue-at - --write-out '%{http_code}' \
+        --output "$file.part" "$url") || status=$?
+      after=$(stat -c %s "$file.part" 2>/dev/null || echo 0)
+      [ "$status" -ne 23 ] ||
+        die "cannot write $(rel "$file.part"): is the disk full?"
+      if [ "$status" -eq 33 ] || [ "$code" = 416 ]; then
+        # The server cannot continue a download, or there is nothing after
+        # what we have.
+        ! sha256_is "$file.part" "$sha" || { status=0; break; }
+        [ "$before" -gt 0 ] || break
+        rm -f "$file.part"
+      elif [ "$status" -eq 0 ] || [ "$after" -le "$before" ]; then
+        break
+      fi
+    done
+    [ "$status" -eq 0 ] || continue
+    if sha256_is "$file.part" "$sha"; then
+      mv -- "$file.part" "$file"
+      return
+    fi
+    say "not the file that was expected (its SHA-256 differs): thrown away"
+    rm -f "$file.part"
+  done
+  return 1
+}
+
+# last_snapshot DIR: the solver state of DIR with the most iterations, if any.
+last_snapshot() {
+  find "$1" -maxdepth 1 -name '*_iter_*.solverstate' | sort -V | tail -n 1
+}
+
+# Caffe writes "Optimization Done" after a stop too.
+came_to_end() {
+  local last
+  last=$(tail -n 3 "$1" 2>/dev/null) || return 1
+  [[ $last == *'Optimization Done'* && $last != *'stopped early'* ]]
+}
+
+# train SOLVER DIR [OPTION...]: `caffe train` with its log in DIR/train.log and
+# its progress on the screen. Ctrl-C lets Caffe write a snapshot and stop.
+# Returns 1 when the training did not come to its end.
+train() {
+  local solver=$1 dir=$2 log=$2/train.log status append=()
+  shift 2
+  [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
+  case " $* " in *' --snapshot='*) append=(-a) ;; esac
+  say "the log goes to $(rel "$log")"
+  # A trap, even an empty one, makes bash wait for Caffe's last snapshot.
+  trap : INT
+  set +e
+  GLOG_logtostderr=1 "$CAFFE" train --solver="$solver" "$@" 2>&1 |
+    tee -i "${append[@]}" -- "$log" |
+    (trap '' INT; exec "$PYTHON" "$ROOT/myexamples/watch_training.py")
+  status=${PIPESTATUS[0]}
+  set -e
+  trap - INT
+  [ "$status" -eq 0 ] ||
+    die "caffe train failed; its whole log is $(rel "$log")"
+  came_to_end "$log"
+}
+
+# train_paper SOLVER DIR [OPTION...]: train one of the paper's nets, whose
+# snapshots go to DIR; the options are those of `caffe train`.
+train_paper() {
+  local solver=$1 dir=$2 state
+  shift 2
+  mkdir -p "$dir"
+  one_at_a_time "$dir/.lock"
+  need_plots
+  state=$(last_snapshot "$dir")
+  case " $* " in
+    *' --snapshot='*) ;;
+    *)
+      [ -z "$state" ] || die "$(rel "$dir") has an earlier training: go on\
+ with --snapshot=$(rel "$state"), or move that folder away"
+      ;;
+  esac
+  train "$solver" "$dir" "$@" ||
+    die "stopped before the end; go on from there with\
+ --snapshot=$(rel "$(last_snapshot "$dir")")"
+  "$PYTHON" "$ROOT/myexamples/plot_training.py" "$dir/train.log" \
+    -o "$dir/training.png"
+  say "done: the snapshots are in $(rel "$dir")"
+}

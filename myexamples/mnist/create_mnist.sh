@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes myexamples/mnist/mnist_{train,test}_lmdb with Caffe's own converter
+# from the images that get_mnist.sh gets.
+# shellcheck source=SCRIPTDIR/../common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+here=$ROOT/myexamples/mnist
+convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
+train_db=$here/mnist_train_lmdb
+test_db=$here/mnist_test_lmdb
+new=$here/lmdb.new
+
+ready() {
+  if [ -e "$train_db" ] && [ -e "$test_db" ]; then
+    say "$(rel "$train_db") and $(rel "$test_db") are ready"
+    exit 0
+  fi
+}
+ready
+[ -x "$convert" ] || die "$convert is missing: run cmake/build_caffe.sh first"
+"$here/get_mnist.sh"
+one_at_a_time "$here/.lock"
+ready
+
+make_lmdb() {  # DB PREFIX
+  local log
+  if [ -e "$1" ]; then
+    cmp -s "$1/dataset.txt" "$here/data/dataset.txt" ||
+      die "$(rel "$1") is not made from $(rel "$here/data"): move it away"
+    return
+  fi
+  rm -rf "$new"
+  log=$(GLOG_logtostderr=1 "$convert" "$here/data/$2-images-idx3-ubyte" \
+    "$here/data/$2-labels-idx1-ubyte" "$new" 2>&1) ||
+    die "the conversion to $(rel "$1") failed: $log"
+  cp "$here/data/dataset.txt" "$new"
+  mv -T -- "$new" "$1"
+  say "made $(rel "$1")"
+}
+make_lmdb "$train_db" train
+make_lmdb "$test_db" t10k

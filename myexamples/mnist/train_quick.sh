@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# From nothing to a trained large-margin softmax on real images, on the CPU:
+# builds Caffe, gets the images, trains a small net for some minutes.
+# shellcheck source=SCRIPTDIR/../common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+here=$ROOT/myexamples/mnist
+solver=$here/quick_solver.prototxt
+out=$here/quick_snapshot
+iterations=$(sed -n 's/^max_iter: *//p' "$solver")
+model=${out}/quick_iter_$iterations.caffemodel
+
+# shellcheck disable=SC2119  # without options
+build_caffe
+"$here/create_mnist.sh"
+need_plots
+dataset=$(mnist_name)
+
+mkdir -p "$out"
+one_at_a_time "$out/.lock"
+if [ -e "$model" ] && came_to_end "$out/train.log"; then
+  say "the net is trained already; to train it anew, move $(rel "$out") away"
+else
+  state=$(last_snapshot "$out")
+  options=()
+  if [ -n "$state" ]; then
+    say "going on with an earlier training from $(rel "$state")"
+    options=(--snapshot="$state")
+  fi
+  say "training on $dataset: $iterations iterations"
+  # The net's matrix products are too small to share: one thread is faster.
+  export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+  train "$solver" "$out" "${options[@]}" ||
+    die "stopped before the end; run this again to go on from there"
+fi
+
+say "done: large-margin softmax (m = 4) on $dataset"
+"$PYTHON" "$ROOT/myexamples/plot_training.py" "$out/train.log" \
+  -o "$out/training.png" -t "LeNet with large-margin softmax on $dataset"
+echo "model: $model"

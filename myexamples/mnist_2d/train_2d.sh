@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Trains nets with 2-D features for m = 1, 2, 3, 4 on the CPU and draws the
+# features, as on the front page of the paper.
+# shellcheck source=SCRIPTDIR/../common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+# shellcheck disable=SC2119  # without options
+build_caffe
+"$ROOT/myexamples/mnist/create_mnist.sh"
+need_plots
+mkdir -p "$ROOT/myexamples/mnist_2d/runs"
+one_at_a_time "$ROOT/myexamples/mnist_2d/runs/.lock"
+say "training four nets on $(mnist_name)"
+"$PYTHON" "$ROOT/myexamples/mnist_2d/mnist_2d.py" \
+  --title "2-D features of $(mnist_name)"

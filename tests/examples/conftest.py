@@ -1,0 +1,85 @@
+"""Fixtures for the tests of myexamples/."""
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+CAFFE_ROOT = os.path.abspath(
+    os.environ.get("CAFFE_ROOT") or os.path.join(ROOT, "build", "caffe"))
+
+
+class Tree:
+    """A copy of the examples without their data, in a path with a space.
+
+    Its cmake/build_caffe.sh does nothing: the tests use the built Caffe.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        ignored = shutil.ignore_patterns(
+            "data", "data.*", "*_lmdb", "lmdb.new", "*_snapshot",
+            "comparison", "runs", "__pycache__", ".lock")
+        shutil.copytree(os.path.join(ROOT, "myexamples"), root / "myexamples",
+                        symlinks=True, ignore=ignored)
+        build = root / "cmake" / "build_caffe.sh"
+        build.parent.mkdir()
+        build.write_text("#!/bin/sh\n")
+        build.chmod(0o755)
+
+    def path(self, *parts):
+        """A path below myexamples."""
+        return self.root.joinpath("myexamples", *parts)
+
+    def replace(self, file, **fields):
+        """Gives fields of a prototxt, each on a line, other values."""
+        text = self.path(file).read_text()
+        for name, value in fields.items():
+            text, count = re.subn(r"(?m)^(\s*%s): .*$" % name,
+                                  r"\1: %s" % value, text)
+            assert count, "%s has no %s" % (file, name)
+        self.path(file).write_text(text)
+
+    def start(self, script, *args, env=None, **options):
+        """Starts a script of the tree in another folder; stderr is stdout."""
+        full = dict(os.environ, CAFFE_ROOT=CAFFE_ROOT)
+        full.update(env or {})
+        return subprocess.Popen(
+            [str(self.path(script)), *map(str, args)], env=full, cwd="/",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            universal_newlines=True, start_new_session=True, **options)
+
+    def run(self, *args, timeout=300, **options):
+        """Runs a script as start does, to its end."""
+        process = self.start(*args, **options)
+        try:
+            out = process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(args, process.returncode, out)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path / "a tree")
+
+
+@pytest.fixture
+def caffe_root():
+    """The built Caffe; skips the test where there is none."""
+    if not os.path.exists(os.path.join(CAFFE_ROOT, "build/tools/caffe")):
+        pytest.skip("needs a built Caffe: run cmake/build_caffe.sh")
+    return CAFFE_ROOT
+
+
+def small_disk(size):
+    """Options for Tree.run: no file can grow over size, as on a full disk."""
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return {"preexec_fn": limit, "restore_signals": False}

@@ -1,0 +1,52 @@
+"""A stand-in Caffe tree, and a copy of the project to patch it with."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from stand_in import make_tree
+
+PROJECT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "caffe")
+
+
+@pytest.fixture(scope="session")
+def layer_files():
+    return [f"{folder}/{layer}.{ext}"
+            for layer in ("large_margin_inner_product_layer", "bn_layer")
+            for folder, ext in (("include/caffe/layers", "hpp"),
+                                ("src/caffe/layers", "cpp"))] + [
+        "src/caffe/test/test_large_margin_inner_product_layer.cpp",
+        "src/caffe/test/test_bn_layer.cpp"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project, at a path with a blank, that a test may change."""
+    copy = tmp_path / "my project"
+    shutil.copytree(PROJECT / "caffe_patch", copy / "caffe_patch")
+    shutil.copytree(PROJECT / "cmake", copy / "cmake")
+    for folder in ("include/caffe/layers", "src/caffe/layers", "tests/caffe"):
+        shutil.copytree(PROJECT / folder, copy / folder)
+    return copy
+
+
+@pytest.fixture
+def apply(project):
+    """Runs the copy's apply.sh; returns the finished process."""
+    def run(*args, status=0, env=None):
+        done = subprocess.run(
+            [project / "caffe_patch" / "apply.sh", *map(str, args)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd="/", env={**os.environ, **(env or {})})
+        if status is not None:
+            assert done.returncode == status, done.stdout
+        return done
+    return run

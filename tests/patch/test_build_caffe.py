@@ -1,0 +1,292 @@
+"""What cmake/build_caffe.sh does around the build, with stand-in programs.
+
+The build itself is seen in every run of the other tests.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+from stand_in import make_tree
+
+PROJECT = pathlib.Path(__file__).resolve().parents[2]
+
+PROGRAMS = (
+    "bash", "env", "sed", "awk", "cut", "cksum", "flock", "id", "nproc", "tr",
+    "sort", "head", "tail", "mkdir", "mktemp", "rm", "mv", "cp", "cat",
+    "dirname", "basename", "tee", "grep", "patch", "diff", "cmp", "find", "ls",
+    "sha256sum", "tar", "timeout", "chown", "chmod", "sleep", "gzip",
+    "setpriv")
+
+STAND_INS = {
+    # Installed are the packages that the file names; "all" is all of them.
+    "dpkg-query": 'grep -qxF -e all -e "${@: -1}" "$STATE/installed" && '
+                  'printf installed',
+    "apt-cache": 'if [[ $1 == pkgnames ]]; then ls "$STATE/policy" | '
+                 'grep "^$2"; exit 0; fi\n'
+                 'echo "  Candidate: $(cat "$STATE/policy/$2")"',
+    "apt-get": 'echo "$*" >> "$STATE/apt.log"\n'
+               'case " $* " in\n'
+               '*" indextargets "*) echo "http://mirror Debian Debian" ;;\n'
+               '*" source "*) cp "$STATE"/*.orig.tar.gz . ;;\n'
+               '*" install "*) for p; do case $p in cargo*) '
+               'cp "$STATE/cargo" "$BIN/cargo";; esac; done\n'
+               '  echo all > "$STATE/installed";;\n'
+               'esac',
+    "git": 'if [[ -e $STATE/clone ]]; then cp -R "$STATE/clone" "${@: -1}"; '
+           'else echo "fatal: no network" >&2; exit 128; fi',
+    "cmake": 'if [[ $1 == --version ]]; then echo "cmake version 3.25.1"; '
+             'exit; fi\n'
+             'echo "$*" >> "$STATE/cmake.log"\n'
+             'if [[ -e $STATE/broken ]]; then '
+             'echo "something.cpp: error: broken"; exit 2; fi',
+    "nvidia-smi": "exit 9",
+}
+
+
+class World:
+    def __init__(self, folder):
+        self.folder = folder
+        self.project = folder / "my project"
+        self.bin = folder / "bin"
+        self.state = folder / "state"
+        for name in ("cmake", "caffe_patch", "include", "src", "tests/caffe"):
+            shutil.copytree(PROJECT / name, self.project / name)
+        shutil.copy(PROJECT / "Cargo.toml", self.project)
+        (self.state / "policy").mkdir(parents=True)
+        self.bin.mkdir()
+        for name in PROGRAMS:
+            found = shutil.which(name)
+            if found:
+                (self.bin / name).symlink_to(os.path.realpath(found))
+        for name, text in STAND_INS.items():
+            self.program(self.bin / name, text)
+        self.program(self.state / "cargo", "echo cargo 1.95.0")
+        self.program(self.bin / "cargo", "echo cargo 1.95.0")
+        (self.state / "installed").write_text("all\n")
+        self.policy(cargo="0.66.0+ds1-1")
+        self.caffe = self.project / "build/caffe"
+
+    def program(self, path, text):
+        path.write_text("#!/bin/bash\n" + text + "\n")
+        path.chmod(0o755)
+
+    def policy(self, **candidates):
+        for package, version in candidates.items():
+            (self.state / "policy" / package.replace("_", "-")).write_text(
+                version + "\n")
+
+    def command(self, *args, user=None):
+        env = {"PATH": str(self.bin), "HOME": str(self.folder / "home"),
+               "STATE": str(self.state), "BIN": str(self.bin),
+               "XDG_RUNTIME_DIR": str(self.folder)}
+        command = [str(self.project / "cmake/build_caffe.sh"), *args]
+        if user:
+            command[:0] = ["setpriv", f"--reuid={user}", "--clear-groups"]
+        return command, env
+
+    def run(self, *args, status, user=None, **env):
+        command, base = self.command(*args, user=user)
+        done = subprocess.run(command, env={**base, **env}, text=True, cwd="/",
+                              stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def cmake_calls(self):
+        path = self.state / "cmake.log"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def world():
+    folder = pathlib.Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield World(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tree(world):
+    return make_tree(world.caffe)
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--frob"], "unknown argument --frob"),
+    (["--cpu", "--cuda"], "exclude each other"),
+    (["--jobs", "many"], "--jobs needs a number"),
+    (["--jobs"], "--jobs needs a number"),
+])
+def test_usage(world, args, says):
+    assert says in world.run(*args, status=1)
+
+
+def test_caffe_root_that_is_no_tree(world):
+    out = world.run(status=1, CAFFE_ROOT=str(world.folder / "bin"))
+    assert "CAFFE_ROOT=" in out and "is not a Caffe source tree" in out
+
+
+def test_caffe_root_is_built_in_place(world):
+    root = make_tree(world.folder / "their caffe")
+    (root / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
+    out = world.run("--cpu", status=0, CAFFE_ROOT=str(root))
+    assert out.splitlines()[-1].startswith("build_caffe: done (cpu)")
+    assert f"{root}/build/tools/caffe" in out
+    assert f"-B {root}/build" in world.cmake_calls()
+    assert "-DCPU_ONLY=ON" in world.cmake_calls()
+    assert (root / ".lsoftmax-manifest").exists()
+    assert not world.caffe.exists()
+
+
+def test_pycaffe_without_the_layers(world, tree):
+    (tree / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['BN']\n")
+    assert "LargeMarginInnerProduct" in world.run(status=1)
+
+
+def test_source_alone(world, tree):
+    assert "done: Caffe's source" in world.run("--source", status=0)
+    assert (tree / ".lsoftmax-manifest").exists()
+    assert not (tree / "build").exists() and not world.cmake_calls()
+
+
+def test_tests_are_only_ours(world, tree):
+    (tree / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
+    world.run("--tests", "--jobs", "3", status=0)
+    calls = world.cmake_calls()
+    assert ("-DBUILD_only_tests=large_margin_inner_product_layer,bn_layer"
+            in calls)
+    assert "--parallel 3 --target all test.testbin" in calls
+
+
+def test_a_build_that_fails(world, tree):
+    (world.state / "broken").touch()
+    out = world.run(status=1)
+    assert "something.cpp: error: broken" in out
+    assert f"The whole log: {tree}/build/build_caffe.log" in out
+
+
+# ---- Packages ----
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root installs")
+def test_installs_what_is_missing(world, tree):
+    (world.bin / "cargo").unlink()
+    (world.state / "installed").write_text("cmake\nmake\ng++\n")
+    world.policy(cargo_web="1.96.0+dfsg1-1~deb12u2")
+    world.run(status=1)  # the stand-in tree has no pycaffe
+    install, = [line.split() for line in
+                (world.state / "apt.log").read_text().splitlines()
+                if " install " in line]
+    assert {"cargo-web", "rustc-web", "libopencv-dev"} <= set(install)
+    assert not {"cmake", "make", "g++", "cargo"} & set(install)
+
+
+def user_without_root():
+    if os.geteuid():
+        return None
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv is not installed")
+    return 65534
+
+
+def test_without_root(world, tree):
+    """Says what to ask for, all of it at once, and installs nothing."""
+    user = user_without_root()
+    (world.bin / "cargo").unlink()
+    (world.state / "installed").write_text("cmake\n")
+    world.policy(cargo_web="1.96.0+dfsg1-1~deb12u2")
+    (world.project / "build").chmod(0o777)
+    out = world.run(status=1, user=user)
+    line = [x for x in out.splitlines() if "apt-get install" in x][0].split()
+    assert {"libopencv-dev", "libboost-python-dev", "cargo-web",
+            "rustc-web"} <= set(line)
+    assert "cmake" not in line
+    assert not (world.state / "apt.log").exists()
+
+
+@pytest.mark.parametrize("candidates, chosen", [
+    (dict(cargo="1.94.1-1"), "cargo rustc"),
+    (dict(cargo="1.75.0+dfsg0ubuntu1", **{"cargo-1.80": "1.80.1",
+                                          "cargo-1.89": "1.89.0"}),
+     "cargo-1.89 rustc-1.89"),
+    (dict(cargo="0.66.0", cargo_web="1.85.0+dfsg3"), None),
+])
+def test_choice_of_rust(world, tree, candidates, chosen):
+    user = user_without_root()
+    (world.project / "build").chmod(0o777)
+    (world.bin / "cargo").unlink()
+    world.policy(**candidates)
+    out = world.run(status=1, user=user)
+    if chosen:
+        assert out.rstrip().endswith("--no-install-recommends " + chosen)
+    else:
+        assert "Rust 1.88 or newer is needed" in out and "rustup" in out
+
+
+def test_old_cargo_first_on_the_path(world, tree):
+    world.program(world.bin / "cargo", "echo cargo 1.65.0")
+    new = world.folder / "home/.cargo/bin"
+    new.mkdir(parents=True)
+    world.program(new / "cargo", "echo cargo 1.88.0")
+    (world.state / "broken").touch()
+    assert "Rust" not in world.run(status=1)
+
+
+# ---- Source ----
+
+def test_clone(world):
+    make_tree(world.state / "clone")
+    (world.state / "broken").touch()
+    out = world.run(status=1)
+    assert "cloning BVLC/caffe" in out
+    assert (world.caffe / ".lsoftmax-manifest").exists()
+    assert sorted(p.name for p in world.caffe.parent.iterdir()) == ["caffe"]
+
+
+def test_no_source(world):
+    out = world.run(status=1)
+    assert "set CAFFE_ROOT" in out
+    assert not any(world.caffe.parent.iterdir())
+
+
+def test_tarball_with_another_checksum(world):
+    (world.state / "caffe_1.0.0+git20180821.99bd997.orig.tar.gz").write_text(
+        "not Caffe")
+    out = world.run(status=1)
+    assert "getting the source package caffe" in out and "FAILED" in out
+    assert not any(world.caffe.parent.iterdir())
+
+
+def test_folder_in_the_way(world):
+    world.caffe.mkdir(parents=True)
+    (world.caffe / "precious").touch()
+    assert "move it away" in world.run(status=1)
+    assert (world.caffe / "precious").exists()
+
+
+# ---- Several at once ----
+
+def test_waits_for_another_run(world, tree):
+    (world.state / "broken").touch()
+    world.run(status=1)
+    lock, = world.folder.glob("lsoftmax-*.lock")
+    holder = subprocess.Popen(["flock", "--no-fork", lock, "sleep", "60"])
+    time.sleep(0.5)
+    command, env = world.command()
+    run = subprocess.Popen(command, env=env, text=True, cwd="/",
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        first = run.stdout.readline()
+        assert "another build is at work" in first and str(tree) in first
+        assert run.poll() is None
+    finally:
+        holder.kill()
+        holder.wait()
+    assert "something.cpp: error: broken" in run.communicate(timeout=60)[0]

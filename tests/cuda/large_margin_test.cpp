@@ -1,0 +1,480 @@
+// LargeMarginInnerProduct's GPU path, from the bridge to the kernels, against
+// its CPU path.
+
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include "harness.hpp"
+
+namespace {
+
+enum Field {
+  kNumOutput = 1, kBase = 5, kGamma = 6, kMargin = 10, kIgnore = 11
+};
+
+constexpr int kIgnoreLabel = -7;
+const double kNan = std::numeric_limits<double>::quiet_NaN();
+const double kInf = std::numeric_limits<double>::infinity();
+
+template <typename Dtype>
+struct Problem {
+  std::string name;
+  int samples, features, classes, margin;
+  double lambda;
+  std::vector<Dtype> x, w, labels, g;
+
+  Problem(int m, int k, int n, int margin, double lambda)
+      : samples(m), features(k), classes(n), margin(margin), lambda(lambda) {
+    Noise noise(m * 7919 + k * 31 + n);
+    x = noise.Vector<Dtype>(size_t(m) * k);
+    w = noise.Vector<Dtype>(size_t(n) * k);
+    g = noise.Vector<Dtype>(size_t(m) * n);
+    labels.resize(m);
+    for (Dtype& label : labels) { label = floor((noise() + 1) / 2 * n); }
+    name = std::string(sizeof(Dtype) == 4 ? "f32" : "f64") + " M "
+        + std::to_string(m) + " K " + std::to_string(k) + " N "
+        + std::to_string(n) + " m " + std::to_string(margin);
+  }
+
+  Param LayerParam() const {
+    return Param().Int(kNumOutput, classes).Float(kBase, float(lambda))
+        .Int(kMargin, margin).Int(kIgnore, kIgnoreLabel);
+  }
+  Dtype* Row(std::vector<Dtype>* matrix, int row) const {
+    return matrix->data() + size_t(row) * features;
+  }
+};
+
+template <typename Dtype>
+struct Outcome {
+  std::vector<Dtype> logits, plain, dx, dw;
+  bool operator==(const Outcome& other) const {
+    const auto same = [](const std::vector<Dtype>& a,
+        const std::vector<Dtype>& b) {
+      return a.size() == b.size() && (a.empty()
+          || memcmp(a.data(), b.data(), a.size() * sizeof(Dtype)) == 0);
+    };
+    return same(logits, other.logits) && same(plain, other.plain)
+        && same(dx, other.dx) && same(dw, other.dw);
+  }
+};
+
+// What a test leaves out.
+struct Wanted {
+  bool labels = true, plain = true, dx = true, dw = true;
+};
+
+using RustLayer = rust::Box<lsoftmax::LargeMarginInnerProduct>;
+
+template <typename Dtype>
+class Layer {
+ public:
+  explicit Layer(const Problem<Dtype>& p)
+      : p_(p), rust_(lsoftmax::new_large_margin(p.LayerParam().Bytes())) {}
+
+  // Both passes; dW has something in it before.
+  Outcome<Dtype> Cpu(Wanted wanted = {}) {
+    Outcome<Dtype> out = Prepare(wanted);
+    lsoftmax::forward(*rust_, CpuBlas(), View(p_.x),
+        wanted.labels ? View(p_.labels) : rust::Slice<const Dtype>(),
+        View(p_.w), MutableView(out.logits), MutableView(out.plain));
+    lsoftmax::backward(*rust_, CpuBlas(), View(p_.g), View(p_.x), View(p_.w),
+        MutableView(out.dx), MutableView(out.dw));
+    return out;
+  }
+
+  // The same, queued on the device and waited for at the end.
+  Outcome<Dtype> Gpu(Wanted wanted = {}) {
+    Outcome<Dtype> out = Prepare(wanted);
+    GpuForward(wanted, &out);
+    GpuBackward(wanted, &out);
+    Synchronize();
+    return out;
+  }
+
+  Outcome<Dtype> Prepare(Wanted wanted) {
+    const int32_t shape[] = {p_.samples, p_.features};
+    lsoftmax::reshape(*rust_, rust::Slice<const int32_t>(shape, 2),
+        wanted.labels ? p_.samples : -1);
+    // What forward must overwrite holds NaN; what backward adds to, values.
+    Outcome<Dtype> out;
+    const Dtype old = std::numeric_limits<Dtype>::quiet_NaN();
+    out.logits.assign(p_.g.size(), old);
+    if (wanted.plain) { out.plain.assign(p_.g.size(), old); }
+    if (wanted.dx) { out.dx.assign(p_.x.size(), old); }
+    if (wanted.dw) { out.dw = Noise(5).Vector<Dtype>(p_.w.size()); }
+    scratch_.assign(rust_->device_bytes(), 0xff);
+    return out;
+  }
+  void GpuForward(Wanted wanted, Outcome<Dtype>* out) {
+    lsoftmax::forward_gpu(*rust_, blas_, p_.x.data(),
+        wanted.labels ? p_.labels.data() : nullptr, p_.w.data(),
+        out->logits.data(), wanted.plain ? out->plain.data() : nullptr,
+        scratch_.data());
+  }
+  void GpuBackward(Wanted wanted, Outcome<Dtype>* out) {
+    lsoftmax::backward_gpu(*rust_, blas_, p_.g.data(), wanted.labels,
+        p_.x.data(), p_.w.data(), wanted.dx ? out->dx.data() : nullptr,
+        wanted.dw ? out->dw.data() : nullptr, scratch_.data());
+  }
+
+  const Problem<Dtype>& p_;
+  RustLayer rust_;
+  DeviceBlas blas_;
+  std::vector<uint8_t> scratch_;
+};
+
+double Norm(const double* v, int n) {
+  double largest = 0, sum = 0;
+  for (int i = 0; i < n; ++i) { largest = fmax(largest, fabs(v[i])); }
+  if (largest == 0 || !std::isfinite(largest)) { return largest; }
+  for (int i = 0; i < n; ++i) { sum += v[i] / largest * (v[i] / largest); }
+  return largest * sqrt(sum);
+}
+
+// Rounding errors grow with the terms of a sum, not with the sum: the bounds
+// are a few units of the last place of the terms of each row.
+template <typename Dtype>
+void Compare(const Problem<Dtype>& p, const Outcome<Dtype>& cpu,
+    const Outcome<Dtype>& gpu, const std::string& what) {
+  const int m = p.samples, k = p.features, n = p.classes;
+  const double unit = 8 * std::numeric_limits<Dtype>::epsilon();
+  const double tiny = 4 * std::numeric_limits<Dtype>::denorm_min();
+  const double steep = 2.0 * p.margin * p.margin;
+  const auto norms = [k](const std::vector<Dtype>& matrix, int rows) {
+    const std::vector<double> v(matrix.begin(), matrix.end());
+    std::vector<double> norm(rows);
+    for (int i = 0; i < rows; ++i) {
+      norm[i] = Norm(v.data() + size_t(i) * k, k);
+      if (!std::isfinite(norm[i])) { norm[i] = 1; }
+    }
+    return norm;
+  };
+  const std::vector<double> x = norms(p.x, m), w = norms(p.w, n);
+  std::vector<double> dx(m), dw(n, 1.0);
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      const double g = fabs(p.g[size_t(i) * n + j]);
+      if (!std::isfinite(g)) { continue; }
+      const double by = p.labels[i] == j ? 1 + 2 * steep : 1;
+      dx[i] += g * w[j] * by;
+      dw[j] += g * x[i] * by;
+    }
+  }
+  const auto rows = [&](const std::vector<Dtype>& a,
+      const std::vector<Dtype>& b, int columns, const char* matrix,
+      const std::function<double(int, int)>& size) {
+    Check(a.size() == b.size(), what + matrix);
+    for (size_t i = 0; i < a.size(); ++i) {
+      const int row = int(i / columns), column = int(i % columns);
+      const bool agree = Agree(a[i], b[i], unit * size(row, column) + tiny);
+      Check(agree, p.name + " " + what + ": " + matrix + "["
+          + std::to_string(row) + "," + std::to_string(column) + "] is "
+          + Text(a[i]) + " on the CPU, " + Text(b[i]) + " on the GPU");
+      if (!agree) { return; }
+    }
+  };
+  rows(cpu.logits, gpu.logits, n, "logits",
+      [&](int i, int j) { return x[i] * w[j] * steep; });
+  rows(cpu.plain, gpu.plain, n, "plain logits",
+      [&](int, int) { return 0.0; });
+  rows(cpu.dx, gpu.dx, k, "dx", [&](int i, int) { return dx[i]; });
+  rows(cpu.dw, gpu.dw, k, "dw", [&](int j, int) { return dw[j]; });
+}
+
+template <typename Dtype>
+void Run(const Problem<Dtype>& p, const std::string& what,
+    Wanted wanted = {}) {
+  Layer<Dtype> cpu(p), gpu(p);
+  const Outcome<Dtype> device = gpu.Gpu(wanted);
+  Compare(p, cpu.Cpu(wanted), device, what);
+  // The threads run in another order now.
+  Check(device == gpu.Gpu(wanted), p.name + " " + what
+      + ": a second run gives other bits");
+}
+
+template <typename Dtype>
+void Shapes() {
+  const int shapes[][3] = {{1, 1, 1}, {1, 1, 5}, {3, 1, 7}, {5, 2, 1},
+      {2, 128, 3}, {2, 512, 3}, {7, 33, 3}, {33, 31, 17}, {129, 40, 11},
+      {300, 7, 2}, {9, 513, 4}, {4, 1100, 2}, {10, 127, 200}};
+  const double lambdas[] = {0, 5, 1000};
+  int turn = 0;
+  for (const auto& s : shapes) {
+    const int margin = turn % 8 + 1;
+    Problem<Dtype> p(s[0], s[1], s[2], margin, lambdas[turn++ % 3]);
+    Run(p, "random labels");
+    for (int i = 0; i < s[0]; ++i) { p.labels[i] = Dtype(s[2] - 1); }
+    Run(p, "one label");
+    for (int i = 0; i < s[0]; ++i) {
+      p.labels[i] = Dtype(i % 3 == 1 ? kIgnoreLabel : i % s[2]);
+    }
+    Run(p, "labels in turn, some ignored");
+  }
+}
+
+// Every segment of psi, its borders, and both ends.
+template <typename Dtype>
+void Angles() {
+  for (int margin = 1; margin <= 8; ++margin) {
+    const int borders = 4 * margin + 1;
+    Problem<Dtype> p(borders, 2, 2, margin, 0.5);
+    for (int i = 0; i < borders; ++i) {
+      const double theta = M_PI * i / (borders - 1);
+      const double turned = theta + atan2(p.w[1], p.w[0]);
+      p.labels[i] = 0;
+      p.x[2 * i] = Dtype((i + 1) * cos(turned));
+      p.x[2 * i + 1] = Dtype((i + 1) * sin(turned));
+    }
+    Run(p, "angles");
+  }
+  for (const int margin : {129, 1000}) {
+    Run(Problem<Dtype>(5, 3, 2, margin, 1), "large margin");
+  }
+}
+
+template <typename Dtype>
+void Extremes() {
+  const Dtype least = std::numeric_limits<Dtype>::denorm_min();
+  const Dtype largest = std::numeric_limits<Dtype>::max();
+  const std::pair<const char*, std::function<void(Problem<Dtype>*)>> edits[] = {
+      {"zero sample", [](auto* p) {
+        std::fill_n(p->Row(&p->x, 3), p->features, Dtype(0)); }},
+      {"zero class", [](auto* p) {
+        std::fill_n(p->Row(&p->w, 1), p->features, Dtype(0)); }},
+      {"all zero", [](auto* p) {
+        std::fill(p->x.begin(), p->x.end(), Dtype(0));
+        std::fill(p->w.begin(), p->w.end(), Dtype(0)); }},
+      {"denormal samples", [=](auto* p) {
+        for (int i = 0; i < 3 * p->features; ++i) {
+          p->x[i] = least * floor(p->x[i] * 100); } }},
+      {"denormal class", [=](auto* p) {
+        for (int i = 0; i < p->features; ++i) {
+          p->Row(&p->w, 2)[i] = least * floor(p->w[i] * 100); } }},
+      {"small and large samples", [=](auto* p) {
+        for (int i = 0; i < p->features; ++i) {
+          p->Row(&p->x, 0)[i] *= sqrt(largest) / 100;
+          p->Row(&p->x, 1)[i] /= sqrt(largest); } }},
+      {"samples whose squares leave the range", [=](auto* p) {
+        for (int i = 0; i < p->features; ++i) {
+          p->Row(&p->x, 0)[i] *= largest / 1e8f;
+          p->Row(&p->x, 1)[i] /= largest / 1e8f; } }},
+      {"NaN in a sample", [](auto* p) { p->x[p->features] = Dtype(kNan); }},
+      {"infinity in a sample", [](auto* p) { p->x[1] = Dtype(kInf); }},
+      {"NaN in a class", [](auto* p) { p->w[p->features] = Dtype(kNan); }},
+      {"infinity in a class", [](auto* p) { p->w[1] = Dtype(-kInf); }},
+      {"zero gradient", [](auto* p) {
+        std::fill(p->g.begin(), p->g.end(), Dtype(0)); }},
+      {"zero target gradients", [](auto* p) {
+        for (int i = 0; i < p->samples; i += 2) {
+          p->g[i * p->classes + int(p->labels[i])] = 0; } }},
+      {"NaN gradient", [](auto* p) {
+        p->g[p->classes + int(p->labels[1])] = Dtype(kNan); }},
+  };
+  for (const auto& edit : edits) {
+    for (const int margin : {1, 4}) {
+      Problem<Dtype> p(12, 37, 5, margin, 0.25);
+      edit.second(&p);
+      Run(p, edit.first);
+    }
+  }
+}
+
+template <typename Dtype>
+void LeftOut() {
+  const Problem<Dtype> p(11, 19, 6, 4, 2);
+  for (int mask = 0; mask < 16; ++mask) {
+    Wanted wanted;
+    wanted.labels = mask & 1;
+    wanted.plain = mask & 2;
+    wanted.dx = mask & 4;
+    wanted.dw = mask & 8;
+    Run(p, "with parts left out, " + std::to_string(mask), wanted);
+  }
+  Run(Problem<Dtype>(0, 5, 3, 4, 1), "no sample");
+  Run(Problem<Dtype>(4, 0, 3, 4, 1), "no feature");
+}
+
+// A batch size that changes, and lambda that falls with the passes.
+template <typename Dtype>
+void Passes() {
+  Problem<Dtype> p(150, 9, 4, 3, 7);
+  const Param param = Param().Int(kNumOutput, 4).Float(kBase, 7)
+      .Float(kGamma, 0.5f).Int(kMargin, 3);
+  Layer<Dtype> cpu(p), gpu(p);
+  cpu.rust_ = lsoftmax::new_large_margin(param.Bytes());
+  gpu.rust_ = lsoftmax::new_large_margin(param.Bytes());
+  double lambda = 7;
+  for (const int samples : {150, 3, 0, 149}) {
+    p.samples = samples;
+    p.x.resize(size_t(samples) * 9, Dtype(0.5));
+    p.labels.resize(samples, Dtype(1));
+    p.g.resize(size_t(samples) * 4, Dtype(0.25));
+    Compare(p, cpu.Cpu(), gpu.Gpu(), "pass of " + std::to_string(samples));
+    Check(gpu.rust_->lambda() < lambda, "lambda does not fall");
+    Check(gpu.rust_->lambda() == cpu.rust_->lambda(), "another lambda");
+    lambda = gpu.rust_->lambda();
+  }
+}
+
+// Per pass one kernel; no allocation, no synchronisation, no copy that nobody
+// asked for.
+void DriverCalls() {
+  const Problem<float> p(20, 8, 5, 2, 1);
+  {
+    Layer<float> layer(p);
+    layer.Gpu();
+    Wanted wanted;
+    wanted.plain = false;
+    for (int i = 0; i < 3; ++i) {
+      Outcome<float> out = layer.Prepare(wanted);
+      const std::string forward =
+          CallsOf([&] { layer.GpuForward(wanted, &out); });
+      Check(forward == "cuLaunchKernel ", "forward calls " + forward);
+      const std::string backward =
+          CallsOf([&] { layer.GpuBackward(wanted, &out); });
+      Check(backward == "cuLaunchKernel ", "backward calls " + backward);
+      Synchronize();
+    }
+    Outcome<float> out = layer.Prepare({});
+    const std::string with_plain =
+        CallsOf([&] { layer.GpuForward({}, &out); });
+    Check(with_plain == "cuMemcpyDtoDAsync_v2 cuLaunchKernel ",
+        "forward with plain logits calls " + with_plain);
+    Synchronize();
+    Check(STANDIN(standin_host_bytes)() == 8, "host memory of the layer");
+  }
+  Check(STANDIN(standin_host_bytes)() == 0, "host memory leaks");
+
+  Layer<float> second(p);
+  const std::string calls = CallsOf([&] { second.Gpu(); });
+  Check(calls.find("cuModuleLoadData") == std::string::npos,
+      "a second layer loads the kernels again: " + calls);
+}
+
+template <typename Dtype>
+void BadLabels() {
+  const double bad[] = {-1, 5, 0.5, kNan, kInf, -kInf, 1e30};
+  for (const double label : bad) {
+    Problem<Dtype> p(140, 6, 5, 4, 1);
+    p.labels[134] = Dtype(label);
+    Problem<Dtype> ignored = p;
+    ignored.labels[134] = kIgnoreLabel;
+    Layer<Dtype> layer(p);
+    Outcome<Dtype> out = layer.Prepare({});
+    layer.GpuForward({}, &out);
+    Check(ErrorOf([&] { layer.GpuBackward({}, &out); }).empty(),
+        "an error before the device has run");
+    Synchronize();
+    Compare(p, Layer<Dtype>(ignored).Cpu(), out, "samples beside a bad label");
+
+    char printed[32];
+    snprintf(printed, sizeof(printed), "%g", label);
+    if (label == 1e30) { snprintf(printed, sizeof(printed), "10000000"); }
+    if (std::isnan(label)) { snprintf(printed, sizeof(printed), "NaN"); }
+    const std::string backward =
+        ErrorOf([&] { layer.GpuBackward({}, &out); });
+    CheckSays(backward, {"sample 134", std::string("label ") + printed,
+        "[0, 5)", "-7"});
+    Check(backward == ErrorOf([&] { layer.GpuForward({}, &out); }),
+        "forward and backward report a bad label differently");
+  }
+  Problem<Dtype> p(140, 6, 5, 1, 1);
+  for (Dtype& label : p.labels) { label = Dtype(5); }
+  Layer<Dtype> layer(p);
+  layer.Gpu();
+  CheckSays(ErrorOf([&] { layer.Gpu(); }), {"sample ", "label 5 "});
+}
+
+// Every driver call of a first pass, failing once on a device of its own.
+void DriverErrors() {
+  const Problem<float> p(3, 4, 5, 2, 1);
+  UseDevice(2);
+  const std::string calls = CallsOf([&] { Layer<float>(p).Gpu(); });
+  int device = 3;
+  for (size_t begin = 0, end; begin < calls.size(); begin = end + 1) {
+    end = calls.find(' ', begin);
+    const std::string function = calls.substr(begin, end - begin);
+    // What a freed layer cannot report, and what only fails with its caller.
+    if (function == "cuMemFreeHost") { continue; }
+    const bool seen =
+        (" " + calls.substr(0, begin)).find(" " + function + " ")
+            != std::string::npos;
+    if (seen) { continue; }
+    UseDevice(device++);
+    Layer<float> layer(p);
+    Outcome<float> out = layer.Prepare({});
+    STANDIN(standin_fail)(function.c_str(), 719);
+    const std::string message =
+        ErrorOf([&] { layer.GpuForward({}, &out); });
+    CheckSays(message, {"CUDA: cannot ", "CUDA_ERROR_LAUNCH_FAILED"});
+    Check(message.find("internal error") == std::string::npos,
+        function + " panics: " + message);
+    Synchronize();
+    // A driver that has recovered serves the same layer.
+    Compare(p, Layer<float>(p).Cpu(), layer.Gpu(),
+        "after a failed " + function);
+  }
+  Check(device > 9, "only these calls can fail: " + calls);
+
+  UseDevice(device++);
+  STANDIN(standin_fail)("cuModuleLoadData", 209);
+  CheckSays(ErrorOf([&] { Layer<float>(p).Gpu(); }),
+      {"architecture", "CUDA_ERROR_NO_BINARY_FOR_GPU"});
+  InDriver<int(void*)>("cuCtxSetCurrent")(nullptr);
+  CheckSays(ErrorOf([&] {
+    Layer<float> layer(p);
+    Outcome<float> out = layer.Prepare({});
+    layer.GpuForward({}, &out);
+  }), {"CUDA: cannot find the current device"});
+  UseDevice(0);
+}
+
+// A thread a device, as Caffe trains on many GPUs.
+void Devices() {
+  std::vector<std::thread> threads;
+  for (int device = 0; device < 2; ++device) {
+    threads.emplace_back([device] {
+      UseDevice(device);
+      const Problem<float> p(40 + device, 10, 3 + device, 4, 1);
+      Layer<float> cpu(p), gpu(p);
+      for (int i = 0; i < 10; ++i) {
+        Compare(p, cpu.Cpu(), gpu.Gpu(), "threads");
+      }
+    });
+  }
+  for (std::thread& thread : threads) { thread.join(); }
+}
+
+// On a machine without a driver: CPU mode works, GPU mode says what is wrong.
+void NoDriver() {
+  const Problem<float> p(3, 4, 5, 2, 1);
+  Layer<float> layer(p);
+  layer.Cpu();
+  Outcome<float> out = layer.Prepare({});
+  CheckSays(ErrorOf([&] { layer.GpuForward({}, &out); }),
+      {"libcuda", "install the driver", "solver_mode: CPU"});
+}
+
+template <typename Dtype>
+void RunAll() {
+  Shapes<Dtype>();
+  Angles<Dtype>();
+  Extremes<Dtype>();
+  LeftOut<Dtype>();
+  Passes<Dtype>();
+  BadLabels<Dtype>();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return Main(argc, argv, NoDriver, [] {
+    RunAll<float>();
+    RunAll<double>();
+    DriverCalls();
+    DriverErrors();
+    Devices();
+  });
+}

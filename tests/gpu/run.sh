@@ -134,9 +134,11 @@ step() {
 }
 
 gtest() {
+  local tests
   "${run[@]}" "$bin/test.testbin" || return 1
   # All of nothing would pass as well.
-  "${run[@]}" "$bin/test.testbin" --gtest_list_tests | grep -q GPUDevice
+  tests=$("${run[@]}" "$bin/test.testbin" --gtest_list_tests)
+  [[ $tests == *GPUDevice* ]]
 }
 
 train() {  # RUN
@@ -175,8 +177,9 @@ step training training
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 if ! command -v compute-sanitizer > /dev/null; then
   say "memcheck, racecheck: not run, there is no compute-sanitizer"
-elif compute-sanitizer "${run[@]}" "$bin/gpu_check" device 2>&1 |
-    grep -q 'not supported'; then
+elif sanitized=$(compute-sanitizer --target-processes all \
+                   "${run[@]}" "$bin/gpu_check" device 2>&1 || true)
+    [[ $sanitized == *"not supported"* ]]; then
   say "memcheck, racecheck: not run, compute-sanitizer refuses this device"
 else
   step memcheck sanitizer memcheck

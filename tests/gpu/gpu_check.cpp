@@ -50,7 +50,8 @@ void Fill(Blob<Dtype>* blob, Dtype scale, bool diff) {
 // A layer with blobs of its own.
 template <typename Dtype>
 struct Rig {
-  Rig(const string& text, const vector<int>& shape, int classes)
+  Rig(const string& text, const vector<int>& shape, int classes,
+      bool in_place = false)
       : layer(NewLayer<Dtype>(text)), x(shape) {
     bottom.push_back(&x);
     down.push_back(true);
@@ -64,9 +65,9 @@ struct Rig {
       bottom.push_back(&labels);
       down.push_back(false);
     }
-    top.push_back(&y);
+    top.push_back(in_place ? &x : &y);
     layer->SetUp(bottom, top);
-    Fill(&y, Dtype(1), true);
+    Fill(top[0], Dtype(1), true);
   }
   void Run() {
     layer->Forward(bottom, top);
@@ -102,14 +103,16 @@ void Compare(const string& what, const Blob<Dtype>& a, const Blob<Dtype>& b,
 }
 
 template <typename Dtype>
-void Parity(const string& text, const vector<int>& shape, int classes) {
+void Parity(const string& text, const vector<int>& shape, int classes,
+    bool in_place = false) {
   const string what = text + (sizeof(Dtype) == 4 ? ", float, " : ", double, ")
-      + Blob<int>(shape).shape_string() + ": ";
+      + (in_place ? "in place, " : "") + Blob<int>(shape).shape_string()
+      + ": ";
   Caffe::set_mode(Caffe::CPU);
-  Rig<Dtype> cpu(text, shape, classes);
-  Rig<Dtype> gpu(text, shape, classes);
+  Rig<Dtype> cpu(text, shape, classes, in_place);
+  Rig<Dtype> gpu(text, shape, classes, in_place);
   gpu.x.CopyFrom(cpu.x);
-  gpu.y.CopyFrom(cpu.y, true);
+  gpu.top[0]->CopyFrom(*cpu.top[0], true);
   const vector<caffe::shared_ptr<Blob<Dtype> > >& cpu_params =
       cpu.layer->blobs();
   const vector<caffe::shared_ptr<Blob<Dtype> > >& gpu_params =
@@ -122,7 +125,7 @@ void Parity(const string& text, const vector<int>& shape, int classes) {
   cpu.Run();
   Caffe::set_mode(Caffe::GPU);
   gpu.Run();
-  Compare(what + "top", cpu.y, gpu.y, false);
+  Compare(what + "top", *cpu.top[0], *gpu.top[0], false);
   Compare(what + "bottom gradient", cpu.x, gpu.x, true);
   for (size_t i = 0; i < cpu_params.size(); ++i) {
     const string blob = "blob " + caffe::format_int(static_cast<int>(i));
@@ -159,7 +162,10 @@ void AllParity() {
       "type: 'BN' phase: TRAIN bn_param { slope_filler { type: 'uniform' "
       "min: 0.5 max: 2 } bias_filler { type: 'uniform' min: -1 max: 1 } }"};
   for (const vector<int>& shape : shapes) {
-    for (const char* layer : layers) { Parity<Dtype>(layer, shape, 0); }
+    for (const char* layer : layers) {
+      Parity<Dtype>(layer, shape, 0);
+      Parity<Dtype>(layer, shape, 0, true);
+    }
   }
 }
 
@@ -224,7 +230,7 @@ const char* Verdict(bool met) {
 }
 
 void PrintRow(const string& name, const Ratio& r, const string& rest) {
-  std::printf("%-38s %9.4f %9.4f  %5.3f [%5.3f, %5.3f]  %s\n", name.c_str(),
+  std::printf("%-52s %9.4f %9.4f  %5.3f [%5.3f, %5.3f]  %s\n", name.c_str(),
       r.ours, r.theirs, r.ratio, r.least, r.most, rest.c_str());
   std::fflush(stdout);
 }
@@ -266,10 +272,10 @@ double CopySpeed() {
   return 2.0 * bytes / Median(times);
 }
 
-// BatchNorm and Scale in place, as nets have them.
-void BenchmarkBatchNorm(const vector<int>& shape, double copy_speed) {
-  Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0);
-  Rig<float> norm("type: 'BatchNorm' phase: TRAIN", shape, 0);
+void BenchmarkBatchNorm(const vector<int>& shape, bool in_place,
+    double copy_speed) {
+  Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0, in_place);
+  Rig<float> norm("type: 'BatchNorm' phase: TRAIN", shape, 0, in_place);
   const caffe::shared_ptr<caffe::Layer<float> > scale = NewLayer<float>(
       "type: 'Scale' phase: TRAIN scale_param { bias_term: true }");
   const vector<bool> down(1, true);
@@ -280,15 +286,19 @@ void BenchmarkBatchNorm(const vector<int>& shape, double copy_speed) {
     scale->Backward(norm.top, down, norm.top);
     norm.layer->Backward(norm.top, down, norm.bottom);
   });
-  // Forward reads twice and writes once; backward reads two blobs twice and
-  // writes one.
-  const double speed = 8.0 * sizeof(float) * ours.x.count() / r.ours;
+  // Forward reads twice and writes once, in place x_hat as well; backward
+  // reads two blobs twice and writes one.
+  const double passes = in_place ? 9 : 8;
+  const double speed = passes * sizeof(float) * ours.x.count() / r.ours;
   char rest[128];
   std::snprintf(rest, sizeof(rest),
       "budget 0.33 %s; %.0f GB/s, %.0f %% of a copy, budget 70 %% %s",
       Verdict(r.ratio <= 0.33), speed / 1e6, 100 * speed / copy_speed,
       Verdict(speed >= 0.7 * copy_speed));
-  PrintRow("BN / BatchNorm + Scale " + ours.x.shape_string(), r, rest);
+  string name = "BN / BatchNorm + Scale (";
+  for (const int size : shape) { name += caffe::format_int(size) + ", "; }
+  name.replace(name.size() - 2, 2, in_place ? "), in place" : ")");
+  PrintRow(name, r, rest);
 }
 
 void PrintDevice() {
@@ -307,15 +317,17 @@ void Benchmark() {
   std::printf("a copy on the device: %.0f GB/s, read and written\n",
       copy_speed / 1e6);
   std::printf("float, forward + backward; medians of 15 alternating runs\n");
-  std::printf("%-38s %9s %9s  %s\n", "", "ours ms", "theirs ms",
+  std::printf("%-52s %9s %9s  %s\n", "", "ours ms", "theirs ms",
       "ratio [range]");
   BenchmarkMargin(128, 512, 10, 0);
   BenchmarkMargin(128, 512, 1000, 1.05);
   BenchmarkMargin(512, 512, 10572, 1.05);
   BenchmarkMargin(512, 512, 100000, 1.05);
-  // The second is too large for any cache.
-  BenchmarkBatchNorm(Shape(128, 64, 28, 28), copy_speed);
-  BenchmarkBatchNorm(Shape(128, 64, 112, 112), copy_speed);
+  for (const bool in_place : {false, true}) {
+    BenchmarkBatchNorm(Shape(128, 64, 28, 28), in_place, copy_speed);
+    // Too large for any cache.
+    BenchmarkBatchNorm(Shape(128, 64, 112, 112), in_place, copy_speed);
+  }
 }
 
 }  // namespace

@@ -22,6 +22,10 @@ clone of BVLC/caffe or, without network to it, from Debian's source package.
   --tests   also build the layers' tests, build/test/test.testbin
   --jobs N  compile N files at once (all cores)
   --source  stop after patching, for a build of your own with CMake or Make
+
+With CUDA, the environment variable CUDA_ARCHS names the GPUs to build for
+("75 80 90"); by default they are this machine's or, where there is none, the
+common ones. Later builds keep them.
 END
 }
 
@@ -298,15 +302,24 @@ mkdir -p -- "$build"
 
 cached() { sed -n "s/^$1:[A-Z]*=//p" "$build/CMakeCache.txt" 2> /dev/null; }
 
-# The architectures of this machine's GPUs; without one, those that the CUDA
-# compiler knows and that are common.
+# The architectures that $CUDA_ARCHS names, else those of this machine's GPUs;
+# without one, those that the CUDA compiler knows and that are common.
 cuda_archs() {
-  local known archs
+  local known wanted archs
   known=$("$1" --list-gpu-arch | sed -n 's/^compute_\([0-9]*\)$/\1/p')
-  archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
-            2> /dev/null | tr -d . | grep '^[0-9][0-9]*$' | sort -un) ||
-    archs=$(printf '%s\n' 60 70 75 80 86 89 90 100 120)
-  archs=$(grep -Fx "$known" <<< "$archs" | sort -n | tr '\n' ' ')
+  wanted=$(tr -s ' ' '\n' <<< "${CUDA_ARCHS:-}" | sed '/^$/d')
+  if [[ $wanted ]]; then
+    archs=$wanted
+    wanted=$(grep -Fxv "$known" <<< "$wanted") || wanted=
+    [[ -z $wanted ]] ||
+      die "CUDA_ARCHS: $1 does not know" "${wanted//$'\n'/ }" \
+          "It knows ${known//$'\n'/ }"
+  else
+    archs=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+              2> /dev/null | tr -d . | grep '^[0-9][0-9]*$') ||
+      archs=$(printf '%s\n' 60 70 75 80 86 89 90 100 120)
+  fi
+  archs=$(grep -Fx "$known" <<< "$archs" | sort -nu | tr '\n' ' ')
   [[ -n $archs ]] ||
     die "$1 knows none of this machine's GPUs; it knows" "${known//$'\n'/ }" \
         "Set CUDA_HOME to another CUDA toolkit."
@@ -335,7 +348,7 @@ else
   options+=(-DCPU_ONLY=OFF "-DCUDA_TOOLKIT_ROOT_DIR=$cuda"
             -DCUDA_ARCH_NAME=Manual)
   # Kept once it is set, by this script or by hand.
-  if [[ -z $(cached CUDA_ARCH_BIN) ]]; then
+  if [[ -n ${CUDA_ARCHS:-} || -z $(cached CUDA_ARCH_BIN) ]]; then
     archs=$(cuda_archs "$cuda/bin/nvcc")
     options+=("-DCUDA_ARCH_BIN=$archs" "-DCUDA_ARCH_PTX=${archs##* }")
   fi

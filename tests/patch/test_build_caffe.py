@@ -21,7 +21,7 @@ PROGRAMS = (
     "sort", "head", "tail", "mkdir", "mktemp", "rm", "mv", "cp", "cat",
     "dirname", "basename", "tee", "grep", "patch", "diff", "cmp", "find", "ls",
     "sha256sum", "tar", "timeout", "chown", "chmod", "sleep", "gzip",
-    "setpriv")
+    "setpriv", "readlink")
 
 STAND_INS = {
     # Installed are the packages that the file names; "all" is all of them.
@@ -269,6 +269,50 @@ def test_folder_in_the_way(world):
     (world.caffe / "precious").touch()
     assert "move it away" in world.run(status=1)
     assert (world.caffe / "precious").exists()
+
+
+# ---- CUDA ----
+
+@pytest.fixture
+def cuda(world, tree):
+    """A toolkit that knows the GPUs from 5.0 to 9.0."""
+    (tree / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
+    home = world.folder / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "include").mkdir()
+    (home / "include/cuda_runtime.h").touch()
+    world.program(home / "bin/nvcc",
+                  "printf 'compute_%s\\n' 50 52 60 70 75 80 86 89 90")
+    return {"CUDA_HOME": str(home)}
+
+
+@pytest.mark.parametrize("gpus, archs, chosen", [
+    (None, None, "60 70 75 80 86 89 90"),
+    (["8.6", "7.5", "8.6"], None, "75 86"),
+    (["8.6"], "90 80", "80 90"),
+])
+def test_cuda_architectures(world, cuda, gpus, archs, chosen):
+    if gpus:
+        world.program(world.bin / "nvidia-smi", "printf '%s\\n' "
+                      + " ".join(gpus))
+    if archs:
+        cuda["CUDA_ARCHS"] = archs
+    assert "done (cuda)" in world.run("--cuda", status=0, **cuda)
+    calls = world.cmake_calls()
+    assert f"-DCUDA_ARCH_BIN={chosen} " in calls
+    assert f"-DCUDA_ARCH_PTX={chosen.split()[-1]}\n" in calls
+    assert f"-DCUDA_TOOLKIT_ROOT_DIR={cuda['CUDA_HOME']} " in calls
+
+
+def test_cuda_architectures_that_nvcc_does_not_know(world, cuda):
+    out = world.run("--cuda", status=1, CUDA_ARCHS="80 100 120", **cuda)
+    assert "does not know\n  100 120\n" in out and " 86 89 90" in out
+    assert not world.cmake_calls()
+
+    world.program(world.bin / "nvidia-smi", "echo 12.0")
+    out = world.run("--cuda", status=1, **cuda)
+    assert "knows none of this machine's GPUs" in out
 
 
 # ---- Several at once ----

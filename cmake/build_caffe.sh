@@ -326,6 +326,29 @@ cuda_archs() {
   echo "${archs% }"
 }
 
+# Whether the nvcc $1 takes $2 as its host compiler.
+nvcc_takes() { "$1" -x cu -E -ccbin "$2" -o /dev/null /dev/null; }
+
+# The host compiler for the nvcc $1, where the one that CMake would take or has
+# taken is too new for it: the newest that it takes.
+other_host_compiler() {
+  local usual version compiler
+  usual=$(cached CUDA_HOST_COMPILER)
+  usual=${usual:-${CC:-cc}}
+  if nvcc_takes "$1" "$usual" > /dev/null 2>&1; then return; fi
+  for version in {20..5}; do
+    if compiler=$(command -v "g++-$version") &&
+        nvcc_takes "$1" "$compiler" > /dev/null 2>&1; then
+      echo "$compiler"
+      return
+    fi
+  done
+  nvcc_takes "$1" "$usual" 2>&1 > /dev/null | head -n 5 >&2 || true
+  die "$1 does not take $usual as its host compiler (its words are above)" \
+      "Install an older one beside it (apt-get install g++-11, say), or set" \
+      "CUDA_HOME to a newer CUDA toolkit."
+}
+
 if [[ -z $device ]]; then
   case $(cached CPU_ONLY) in
     ON) device=cpu ;;
@@ -351,6 +374,11 @@ else
   if [[ -n ${CUDA_ARCHS:-} || -z $(cached CUDA_ARCH_BIN) ]]; then
     archs=$(cuda_archs "$cuda/bin/nvcc")
     options+=("-DCUDA_ARCH_BIN=$archs" "-DCUDA_ARCH_PTX=${archs##* }")
+  fi
+  compiler=$(other_host_compiler "$cuda/bin/nvcc")
+  if [[ $compiler ]]; then
+    say "the CUDA compiler takes $compiler as its host compiler"
+    options+=("-DCUDA_HOST_COMPILER=$compiler")
   fi
 fi
 if [[ $tests ]]; then

@@ -305,6 +305,36 @@ def test_cuda_architectures(world, cuda, gpus, archs, chosen):
     assert f"-DCUDA_TOOLKIT_ROOT_DIR={cuda['CUDA_HOME']} " in calls
 
 
+@pytest.mark.parametrize("there, chosen", [
+    (["cc", "g++-12"], "cc"),
+    (["g++-9", "g++-11", "g++-13"], "g++-11"),
+    (["g++-13"], None),
+])
+def test_cuda_host_compiler(world, cuda, there, chosen):
+    """CMake's own if nvcc takes it, else the newest that it takes."""
+    accepted = ["cc"] if chosen == "cc" else ["g++-9", "g++-11"]
+    world.program(pathlib.Path(cuda["CUDA_HOME"]) / "bin/nvcc",
+                  "while (( $# )); do\n"
+                  "  if [[ $1 == --list-gpu-arch ]]; then echo compute_80; fi\n"
+                  "  if [[ $1 == -ccbin ]]; then case ${2##*/} in\n"
+                  f"    {'|'.join(accepted)}) ;;\n"
+                  "    *) echo 'unsupported GNU version!' >&2; exit 1;;\n"
+                  "  esac; fi\n"
+                  "  shift\n"
+                  "done")
+    for name in there:
+        world.program(world.bin / name, "")
+    out = world.run("--cuda", status=0 if chosen else 1, **cuda)
+    calls = world.cmake_calls()
+    if chosen == "g++-11":
+        assert f"-DCUDA_HOST_COMPILER={world.bin}/g++-11\n" in calls
+    else:
+        assert "HOST_COMPILER" not in calls
+    if not chosen:
+        assert "unsupported GNU version!" in out and "older one" in out
+        assert not calls
+
+
 def test_cuda_architectures_that_nvcc_does_not_know(world, cuda):
     out = world.run("--cuda", status=1, CUDA_ARCHS="80 100 120", **cuda)
     assert "does not know\n  100 120\n" in out and " 86 89 90" in out

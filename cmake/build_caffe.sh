@@ -7,6 +7,7 @@ usage() {
   cat <<'END'
 Usage: cmake/build_caffe.sh [--cpu|--cuda] [--tests] [--jobs N]
        cmake/build_caffe.sh --source
+       cmake/build_caffe.sh --packages
 
 Gets Caffe and what it needs, patches it and builds it with pycaffe. What is
 done already is not done again.
@@ -22,6 +23,8 @@ clone of BVLC/caffe or, without network to it, from Debian's source package.
   --tests   also build the layers' tests, build/test/test.testbin
   --jobs N  compile N files at once (all cores)
   --source  stop after patching, for a build of your own with CMake or Make
+  --packages
+            list the Debian packages that are missing, one a line, and stop
 
 With CUDA, the environment variable CUDA_ARCHS names the GPUs to build for
 ("75 80 90"); by default they are this machine's or, where there is none, the
@@ -44,6 +47,7 @@ die() {
 device=
 tests=
 source_only=
+packages_only=
 jobs=$(nproc)
 while (( $# )); do
   case $1 in
@@ -53,6 +57,7 @@ while (( $# )); do
       device=${1#--} ;;
     --tests) tests=1 ;;
     --source) source_only=1 ;;
+    --packages) packages_only=1 ;;
     --jobs)
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--jobs needs a number of jobs"
       jobs=$2
@@ -76,7 +81,7 @@ fi
 lock=${XDG_RUNTIME_DIR:-/tmp}/lsoftmax-$(id -u)-$(cksum <<< "$root" |
   cut -d ' ' -f 1).lock
 exec 9>> "$lock"
-if ! flock -n 9; then
+if [[ ! $packages_only ]] && ! flock -n 9; then
   say "another build is at work in $root; waiting for it to end"
   flock 9
 fi
@@ -93,7 +98,9 @@ packages=(
   protobuf-compiler libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev
   libleveldb-dev libsnappy-dev libopenblas-dev libopencv-dev python3-dev
   python3-numpy python3-protobuf python3-skimage python3-matplotlib
-  python3-pydot)
+  python3-pydot ca-certificates)
+# A tree that is there needs no clone.
+[[ -e $root ]] || packages+=(git)
 
 not_installed() {
   local package
@@ -209,10 +216,16 @@ if is_debian; then
     if can_install; then update_lists; fi
     mapfile -t rust < <(rust_packages)
   fi
+  if [[ $packages_only ]]; then
+    printf '%s\n' "${missing[@]}" "${rust[@]}" | sed '/^$/d'
+    exit
+  fi
   if (( ${#missing[@]} + ${#rust[@]} )); then
     install "${missing[@]}" "${rust[@]}"
     hash -r
   fi
+elif [[ $packages_only ]]; then
+  exit
 else
   mapfile -t missing < <(missing_elsewhere)
   (( ! ${#missing[@]} )) ||

@@ -11,11 +11,15 @@ file(STRINGS "${LSOFTMAX_ROOT}/Cargo.toml" __lsoftmax_rust
 string(REGEX REPLACE "[^0-9.]" "" __lsoftmax_rust "${__lsoftmax_rust}")
 
 # The first one on the PATH may be the distribution's old one.
+set(__lsoftmax_home "$ENV{CARGO_HOME}")
+if(NOT __lsoftmax_home)
+  set(__lsoftmax_home "$ENV{HOME}/.cargo")
+endif()
 set(__lsoftmax_seen "")
 set(__lsoftmax_cargo "")
 file(GLOB __lsoftmax_versioned "/usr/lib/rust-*/bin")
 string(REPLACE ":" ";" __lsoftmax_dirs "$ENV{PATH}")
-foreach(__dir ${__lsoftmax_dirs} "$ENV{CARGO_HOME}/bin"
+foreach(__dir ${__lsoftmax_dirs} "${__lsoftmax_home}/bin"
         "$ENV{HOME}/.cargo/bin" ${__lsoftmax_versioned})
   if(NOT __lsoftmax_cargo AND EXISTS "${__dir}/cargo")
     execute_process(COMMAND "${__dir}/cargo" --version

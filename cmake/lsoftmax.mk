@@ -21,7 +21,8 @@ LSOFTMAX_LIBRARY := $(LSOFTMAX_TARGET_DIR)/release/liblsoftmax.a
 LSOFTMAX_RUST := $(shell sed -n 's/^rust-version *= *"\(.*\)"/\1/p' \
 	$(LSOFTMAX_ROOT)/Cargo.toml)
 LSOFTMAX_CARGO_DIR := $(firstword $(foreach dir, \
-	$(subst :, ,$(PATH)) $(CARGO_HOME)/bin $(HOME)/.cargo/bin \
+	$(subst :, ,$(PATH)) $(or $(CARGO_HOME),$(HOME)/.cargo)/bin \
+	$(HOME)/.cargo/bin \
 	$(wildcard /usr/lib/rust-*/bin), $(if $(wildcard $(dir)/cargo), \
 	$(shell cd $(LSOFTMAX_ROOT) && $(dir)/cargo --version 2> /dev/null | \
 	  awk -v dir=$(dir) -v minimum=$(LSOFTMAX_RUST) '{ \

@@ -24,20 +24,22 @@ die() { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 # Show PATH as seen from the project's root.
 rel() { printf '%s' "${1#"$ROOT"/}"; }
 
+can_install() {
+  [ "$(id -u)" -eq 0 ] ||
+    { command -v sudo >/dev/null &&
+      { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
+}
+
 # need_packages PURPOSE PACKAGE...: install Debian packages, or say which.
 need_packages() {
   local purpose=$1 as_root=()
   shift
   command -v apt-get >/dev/null ||
     die "$purpose needs what Debian calls $*: install it and run this again"
-  if [ "$(id -u)" -ne 0 ]; then
-    if command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }
-    then
-      as_root=(sudo)
-    else
-      die "$purpose needs packages. As root run:  apt-get install $*"
-    fi
-  fi
+  can_install || die "$purpose needs packages that only root can install.\
+ Ask for
+  apt-get install --no-install-recommends $*"
+  [ "$(id -u)" -eq 0 ] || as_root=(sudo)
   say "installing for $purpose: $*"
   local log
   log=$(mktemp)
@@ -52,9 +54,23 @@ need_packages() {
   rm -f "$log"
 }
 
+fashion=/usr/share/datasets/fashion-mnist
+
 # build_caffe [OPTION...]: cmake/build_caffe.sh for the CPU. A Caffe that was
 # built with CUDA stays so: it has the CPU too.
 build_caffe() {
+  local missing
+  # Who must ask for packages asks once, also for those of the images. Whether
+  # a mirror of MNIST will answer is not known yet: Fashion-MNIST alone is no
+  # reason to ask.
+  if ! can_install; then
+    mapfile -t missing < <("$ROOT/cmake/build_caffe.sh" --packages)
+    command -v curl >/dev/null || missing+=(curl)
+    if [ ${#missing[@]} -gt 0 ]; then
+      [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)
+      need_packages "this" "${missing[@]}"
+    fi
+  fi
   if [ -x "$CAFFE" ]; then
     "$ROOT/cmake/build_caffe.sh" "$@"
   else

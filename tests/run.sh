@@ -104,15 +104,40 @@ skip() {
 
 # ---- What the tests need ----
 
+# The Debian package of the cargo on the PATH: cargo, cargo-web or cargo-1.89.
+cargo_package() {
+  dpkg -S "$(readlink -f "$(command -v cargo)")" 2>/dev/null |
+    sed -n '1s/^\(cargo[^:]*\):.*/\1/p'
+}
+
+# All of them at once, with those of the build: who cannot install them asks
+# for them only once.
 install_packages() {
-  local missing=() pair
-  for pair in pytest=python3-pytest xdist=python3-pytest-xdist \
-      h5py=python3-h5py pydot=python3-pydot numpy=python3-numpy; do
+  local missing pair modules cargo
+  mapfile -t missing < <(cmake/build_caffe.sh --packages)
+  modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
+    pydot=python3-pydot numpy=python3-numpy)
+  # nvcc comes from PyPI where there is none.
+  [ -n "${CUDA_HOME:-}" ] ||
+    PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||
+    modules+=(pip=python3-pip)
+  for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
-  for pair in shellcheck=shellcheck dot=graphviz; do
+  for pair in shellcheck=shellcheck dot=graphviz curl=curl; do
     command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
   done
+  [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)
+  cargo=$(printf '%s\n' "${missing[@]}" | grep -m 1 '^cargo') ||
+    cargo=$(cargo_package) || cargo=''
+  if [ -n "$cargo" ]; then
+    cargo fmt --version >/dev/null 2>&1 ||
+      missing+=("rustfmt${cargo#cargo}")
+    cargo clippy --version >/dev/null 2>&1 ||
+      missing+=("rust${cargo#cargo}-clippy")
+  fi
+  mapfile -t missing < <(printf '%s\n' "${missing[@]}" |
+    awk '$0 && !seen[$0]++')
   [ ${#missing[@]} -eq 0 ] || need_packages "the tests" "${missing[@]}"
   echo "all there"
 }
@@ -135,11 +160,9 @@ add_rust_tool() {
       rustup component add "$2" >/dev/null 2>&1; then
     cargo "$1" --version >/dev/null 2>&1 && return
   fi
-  # Debian's cargo, cargo-web or cargo-1.89 has its tools named alike.
-  package=$(dpkg -S "$(readlink -f "$(command -v cargo)")" 2>/dev/null |
-    sed -n '1s/^cargo\([^:]*\):.*/\1/p') || true
+  package=$(cargo_package) || true
   # shellcheck disable=SC2059  # the format is one of the two calls below
-  (need_packages "cargo $1" "$(printf "$3" "$package")") &&
+  (need_packages "cargo $1" "$(printf "$3" "${package#cargo}")") &&
     cargo "$1" --version >/dev/null 2>&1
 }
 
@@ -171,7 +194,11 @@ closing_of_cargo='^test result: '
 closing_of_gtest='^\[  (PASSED|FAILED)  \] [0-9]+ tests?[.,]'
 closing_of_pytest='^=+ .*[0-9]+ (passed|failed|errors?|skipped).* in [0-9.]+s'
 
+use_the_builds_cargo
 stage "packages" '' install_packages
+if [ "$failed" -gt 0 ] && [ -n "$(cmake/build_caffe.sh --packages)" ]; then
+  die "without these packages nothing can be built"
+fi
 stage "build of Caffe" '' build_caffe --tests
 use_the_builds_cargo
 if add_rust_tool fmt rustfmt 'rustfmt%s'; then

@@ -11,7 +11,6 @@
 here=$ROOT/myexamples/mnist
 data=$here/data
 parts=$here/data.download
-fashion=/usr/share/datasets/fashion-mnist
 mirrors=${MNIST_MIRRORS:-"
   https://storage.googleapis.com/cvdf-datasets/mnist
   https://ossci-datasets.s3.amazonaws.com/mnist

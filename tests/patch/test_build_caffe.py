@@ -208,7 +208,20 @@ def test_without_root(world, tree):
     assert {"libopencv-dev", "libboost-python-dev", "cargo-web",
             "rustc-web"} <= set(line)
     assert "cmake" not in line
+    # cargo needs them, and its package does not say so.
+    assert "ca-certificates" in line
+    assert "git" not in line  # the tree is there
     assert not (world.state / "apt.log").exists()
+
+    listed = world.run("--packages", status=0, user=user).splitlines()
+    assert listed == line[line.index("--no-install-recommends") + 1:]
+    shutil.rmtree(tree)
+    listed = world.run("--packages", status=0, user=user).splitlines()
+    assert "git" in listed
+
+
+def test_no_packages_are_missing(world):
+    assert world.run("--packages", status=0) == ""
 
 
 @pytest.mark.parametrize("candidates, chosen", [

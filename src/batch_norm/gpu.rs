@@ -17,9 +17,9 @@ const THREADS: u32 = 256;
 const WARP: usize = 32;
 const ROWS: usize = THREADS as usize / WARP;
 
-/// Bytes of the kernels' `Partial` and `Channel`.
+/// Bytes of the kernels' `Partial` and, at the most, of their `Channel`.
 const PARTIAL: usize = 3 * size_of::<f64>();
-const CHANNEL: usize = 4 * size_of::<f64>();
+const CHANNEL: usize = 5 * size_of::<f64>();
 
 /// Positions from which on a block reduces segments of a channel; below, a
 /// warp would read more than it uses.
@@ -28,7 +28,8 @@ const SEGMENT: usize = WARP;
 const BLOCKS: usize = 1024;
 /// Values that a thread should have, lest the parts cost more than they bring.
 const VALUES: usize = 8;
-/// Bytes of the widest load.
+/// `LOAD` of the kernels: bytes of the widest load, and what a thread has of
+/// each blob in a pass over all values.
 const LOAD: usize = 16;
 
 /// The kernels' `Shape`.

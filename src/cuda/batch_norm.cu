@@ -18,8 +18,12 @@
 #define WARP 32
 #define ROWS (THREADS / WARP)
 #define FULL_MASK 0xffffffffu
-// Values whose moments are taken in registers before they are merged.
-#define GROUP 8
+// Bytes of the widest load, and what a thread has of each blob in a pass over
+// all values; src/batch_norm/gpu.rs has the same.
+#define LOAD 16
+// Values that a thread reads at once, so that its loads overlap, and reduces in
+// registers, in Dtype, before double comes in: few GPUs are fast in double.
+#define GROUP 16
 
 // How a bottom's values lie and how a reduction is cut.
 struct Shape {
@@ -37,12 +41,16 @@ struct Partial {
   double m2;
 };
 
-// What a pass over the values needs of a channel.
+// What a pass over the values needs of a channel. The mean is in two parts:
+// x - high - low keeps the digits of x where the mean has more of them than
+// Dtype.
+template <typename Dtype>
 struct Channel {
-  double mean;
-  double inv_std;
-  double sum_g;
-  double sum_g_x_hat;
+  Dtype high;
+  Dtype low;
+  Dtype inv_std;
+  Dtype mean_g;
+  Dtype mean_g_x_hat;
 };
 
 // ---- Values ----
@@ -53,30 +61,39 @@ struct alignas(sizeof(Dtype) * V) Vector {
   Dtype v[V];
 };
 
-// The mean in two parts: x - high - low keeps the digits of x where the mean
-// has more of them than Dtype.
 template <typename Dtype>
-struct Whitening {
-  Dtype high;
-  Dtype low;
-  Dtype inv_std;
-};
-
-// With x_is_hat, x has been normalised already.
-template <typename Dtype>
-static __device__ Whitening<Dtype> GetWhitening(const Channel& c,
-    bool x_is_hat) {
-  Whitening<Dtype> w;
-  w.high = x_is_hat ? Dtype(0) : static_cast<Dtype>(c.mean);
-  w.low = x_is_hat ? Dtype(0)
-      : static_cast<Dtype>(c.mean - static_cast<double>(w.high));
-  w.inv_std = x_is_hat ? Dtype(1) : static_cast<Dtype>(c.inv_std);
-  return w;
+static __device__ Dtype XHat(Dtype x, const Channel<Dtype>& c) {
+  return ((x - c.high) - c.low) * c.inv_std;
 }
 
+// The channel's coefficients; where x has been normalised already, those that
+// leave it as it is.
 template <typename Dtype>
-static __device__ Dtype XHat(Dtype x, const Whitening<Dtype>& w) {
-  return ((x - w.high) - w.low) * w.inv_std;
+static __device__ Channel<Dtype> Of(const Channel<Dtype>* channels,
+    size_t channel, bool x_is_hat) {
+  Channel<Dtype> c = channels[channel];
+  if (x_is_hat) {
+    c.high = 0;
+    c.low = 0;
+    c.inv_std = 1;
+  }
+  return c;
+}
+
+template <typename Dtype, int V>
+static __device__ Vector<Dtype, V> Load(const Dtype* from, size_t at) {
+  return *reinterpret_cast<const Vector<Dtype, V>*>(from + at);
+}
+
+// The first `loads` vectors of V values each of a group, at offsets `at`.
+template <typename Dtype, int V>
+static __device__ void LoadGroup(const Dtype* from,
+    const unsigned (&at)[GROUP / V], int loads, Dtype (&values)[GROUP]) {
+  for (int j = 0; j < GROUP / V; ++j) {
+    Vector<Dtype, V> vector = {};
+    if (j < loads) { vector = Load<Dtype, V>(from, at[j]); }
+    for (int i = 0; i < V; ++i) { values[j * V + i] = vector.v[i]; }
+  }
 }
 
 // ---- Reductions ----
@@ -91,52 +108,79 @@ static __device__ void Merge(Partial* all, const Partial& more) {
   all->count = count;
 }
 
-// Collects the moments of the values that a thread sees.
-template <typename Dtype>
-struct Moments {
-  Partial sum;
-  Dtype group[GROUP];
-  int pending;
+// The sum of a group's terms, which are overwritten.
+template <typename Sum>
+static __device__ Sum Total(Sum (&terms)[GROUP]) {
+  for (int half = GROUP / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) { terms[i] += terms[i + half]; }
+  }
+  return terms[0];
+}
 
-  __device__ Moments() : pending(0) {
-    sum.count = 0;
-    sum.mean = 0;
-    sum.m2 = 0;
-  }
-  __device__ void Add(Dtype x) {
-    // Shifted in, so that the compiler can keep the group in registers.
-    for (int i = GROUP - 1; i > 0; --i) { group[i] = group[i - 1]; }
-    group[0] = x;
-    if (++pending == GROUP) { Flush(); }
-  }
-  __device__ Partial Finish() {
-    Flush();
-    return sum;
-  }
+static __device__ bool Finite(double value) {
+  return !isinf(value) && !isnan(value);
+}
 
- private:
-  __device__ void Flush() {
-    if (pending == 0) { return; }
-    // All relative to one value of the group: far from zero the differences
-    // keep the digits that the values have not.
-    Dtype mean = 0;
-    for (int i = 0; i < GROUP; ++i) {
-      if (i < pending) { mean += group[i] - group[0]; }
-    }
-    mean /= pending;
-    double m2 = 0;
-    for (int i = 0; i < GROUP; ++i) {
-      const double distance = i < pending ? (group[i] - group[0]) - mean : 0;
-      m2 += distance * distance;
-    }
-    Partial more;
-    more.count = pending;
-    more.mean = static_cast<double>(group[0]) + mean;
-    more.m2 = m2;
-    Merge(&sum, more);
-    pending = 0;
+// The moments of the first `loads` vectors of a group, made in Sum.
+template <typename Sum, int V, typename Dtype>
+static __device__ Partial MomentsIn(const Dtype (&x)[GROUP], int loads) {
+  // All relative to one value of the group: far from zero the differences
+  // keep the digits that the values have not.
+  Sum terms[GROUP];
+  for (int i = 0; i < GROUP; ++i) {
+    terms[i] = i / V < loads ? static_cast<Sum>(x[i]) - x[0] : Sum(0);
   }
-};
+  const Sum mean = Total(terms) / (loads * V);
+  for (int i = 0; i < GROUP; ++i) {
+    const Sum distance = (static_cast<Sum>(x[i]) - x[0]) - mean;
+    terms[i] = i / V < loads ? distance * distance : Sum(0);
+  }
+  Partial group;
+  group.count = loads * V;
+  group.mean = static_cast<double>(x[0]) + mean;
+  group.m2 = Total(terms);
+  return group;
+}
+
+template <int V, typename Dtype>
+static __device__ Partial GroupMoments(const Dtype (&x)[GROUP], int loads) {
+  const Partial group = MomentsIn<Dtype, V>(x, loads);
+  // Squares and sums of float may leave its range, but not that of double.
+  if (sizeof(Dtype) < sizeof(double) && !Finite(group.m2)) {
+    return MomentsIn<double, V>(x, loads);
+  }
+  return group;
+}
+
+// The sums of g and g x_hat over the first `loads` vectors of a group, with
+// products and sums in Sum.
+template <typename Sum, int V, typename Dtype>
+static __device__ Partial GradientsIn(const Dtype (&g)[GROUP],
+    const Dtype (&x)[GROUP], const Channel<Dtype>& channel, int loads) {
+  Partial group;
+  Sum terms[GROUP];
+  for (int i = 0; i < GROUP; ++i) {
+    terms[i] = i / V < loads ? static_cast<Sum>(g[i]) : Sum(0);
+  }
+  group.mean = Total(terms);
+  for (int i = 0; i < GROUP; ++i) {
+    terms[i] = i / V < loads
+        ? static_cast<Sum>(g[i]) * XHat(x[i], channel) : Sum(0);
+  }
+  group.m2 = Total(terms);
+  return group;
+}
+
+template <int V, typename Dtype>
+static __device__ Partial GroupGradients(const Dtype (&g)[GROUP],
+    const Dtype (&x)[GROUP], const Channel<Dtype>& channel, int loads) {
+  const Partial group = GradientsIn<Dtype, V>(g, x, channel, loads);
+  if (sizeof(Dtype) < sizeof(double)
+      && !(Finite(group.mean) && Finite(group.m2))) {
+    return GradientsIn<double, V>(g, x, channel, loads);
+  }
+  return group;
+}
 
 static __device__ Partial ShuffleDown(const Partial& p, int offset) {
   Partial other;
@@ -197,63 +241,76 @@ static __device__ Partial JoinRows(Partial p) {
 
 // Where part blockIdx.y of `all` begins and ends.
 static __device__ void PartRange(const Shape& shape, long long all,
-    long long* first, long long* end) {
-  *first = all * blockIdx.y / shape.parts;
-  *end = all * (blockIdx.y + 1) / shape.parts;
+    unsigned* first, unsigned* end) {
+  *first = static_cast<unsigned>(all * blockIdx.y / shape.parts);
+  *end = static_cast<unsigned>(all * (blockIdx.y + 1) / shape.parts);
 }
 
-// Calls see(offset of V values) for what a thread reads of a channel's
-// segments, which follow one another for this purpose, in its part.
+// Calls see(offsets, loads) for groups of `loads` vectors of V values each
+// that a thread reads of a channel's segments, which follow one another for
+// this purpose, in its part. A blob has less than 2^31 values.
 template <int V, typename See>
 static __device__ void ForSegments(const Shape& shape, int channel, See see) {
-  const int length = shape.positions / V;
-  long long i, end;
+  const unsigned length = shape.positions / V;
+  unsigned i, end;
   PartRange(shape, static_cast<long long>(shape.samples) * length, &i, &end);
   i += threadIdx.x;
-  const size_t sample = static_cast<size_t>(shape.channels) * shape.positions;
-  const size_t start = static_cast<size_t>(channel) * shape.positions;
+  const unsigned sample = static_cast<unsigned>(shape.channels)
+      * shape.positions;
+  const unsigned start = static_cast<unsigned>(channel) * shape.positions;
   // One division; then sample and position are stepped.
-  long long n = i / length;
-  int position = static_cast<int>(i % length);
-  for (; i < end; i += THREADS) {
-    see(n * sample + start + static_cast<size_t>(position) * V);
-    n += THREADS / length;
-    position += THREADS % length;
-    if (position >= length) {
-      position -= length;
-      ++n;
+  unsigned n = i / length;
+  unsigned position = i % length;
+  while (i < end) {
+    unsigned at[GROUP / V];
+    int loads = 0;
+    for (int j = 0; j < GROUP / V; ++j, i += THREADS) {
+      at[j] = n * sample + start + position * V;
+      loads += i < end;
+      n += THREADS / length;
+      position += THREADS % length;
+      if (position >= length) {
+        position -= length;
+        ++n;
+      }
     }
+    see(at, loads);
   }
 }
 
-// Calls see(offset) for what a thread reads of its column in its part.
+// Calls see(offsets, loads) for groups of values that a thread reads of its
+// column in its part.
 template <typename See>
 static __device__ void ForColumn(const Shape& shape, See see) {
-  const size_t columns = static_cast<size_t>(shape.channels) * shape.positions;
-  const size_t column = static_cast<size_t>(blockIdx.x) * WARP
-      + threadIdx.x % WARP;
+  const unsigned columns = static_cast<unsigned>(shape.channels)
+      * shape.positions;
+  const unsigned column = blockIdx.x * WARP + threadIdx.x % WARP;
   if (column >= columns) { return; }
-  long long n, end;
+  unsigned n, end;
   PartRange(shape, shape.samples, &n, &end);
-  for (n += threadIdx.x / WARP; n < end; n += ROWS) {
-    see(n * columns + column);
+  n += threadIdx.x / WARP;
+  while (n < end) {
+    unsigned at[GROUP];
+    int loads = 0;
+    for (int j = 0; j < GROUP; ++j, n += ROWS) {
+      at[j] = n * columns + column;
+      loads += n < end;
+    }
+    see(at, loads);
   }
-}
-
-template <typename Dtype, int V>
-static __device__ Vector<Dtype, V> Load(const Dtype* from, size_t at) {
-  return *reinterpret_cast<const Vector<Dtype, V>*>(from + at);
 }
 
 template <typename Dtype, int V>
 static __device__ void SegmentMoments(const Shape& shape, const Dtype* x,
     Partial* partials) {
-  Moments<Dtype> moments;
-  ForSegments<V>(shape, blockIdx.x, [&](size_t at) {
-    const Vector<Dtype, V> values = Load<Dtype, V>(x, at);
-    for (int i = 0; i < V; ++i) { moments.Add(values.v[i]); }
+  Partial all = {0, 0, 0};
+  ForSegments<V>(shape, blockIdx.x,
+      [&](const unsigned (&at)[GROUP / V], int loads) {
+    Dtype values[GROUP];
+    LoadGroup<Dtype, V>(x, at, loads, values);
+    Merge(&all, GroupMoments<V>(values, loads));
   });
-  const Partial all = JoinBlock<JoinMoments>(moments.Finish());
+  all = JoinBlock<JoinMoments>(all);
   if (threadIdx.x == 0) {
     partials[static_cast<size_t>(blockIdx.y) * shape.channels + blockIdx.x] =
         all;
@@ -263,9 +320,13 @@ static __device__ void SegmentMoments(const Shape& shape, const Dtype* x,
 template <typename Dtype>
 static __device__ void ColumnMoments(const Shape& shape, const Dtype* x,
     Partial* partials) {
-  Moments<Dtype> moments;
-  ForColumn(shape, [&](size_t at) { moments.Add(x[at]); });
-  const Partial all = JoinRows<JoinMoments>(moments.Finish());
+  Partial all = {0, 0, 0};
+  ForColumn(shape, [&](const unsigned (&at)[GROUP], int loads) {
+    Dtype values[GROUP];
+    LoadGroup<Dtype, 1>(x, at, loads, values);
+    Merge(&all, GroupMoments<1>(values, loads));
+  });
+  all = JoinRows<JoinMoments>(all);
   const size_t columns = static_cast<size_t>(shape.channels) * shape.positions;
   const size_t column = static_cast<size_t>(blockIdx.x) * WARP + threadIdx.x;
   if (threadIdx.x < WARP && column < columns) {
@@ -273,27 +334,18 @@ static __device__ void ColumnMoments(const Shape& shape, const Dtype* x,
   }
 }
 
-// Adds g and g x_hat to a thread's sums.
-template <typename Dtype>
-static __device__ void AddGradient(Dtype g, Dtype x,
-    const Whitening<Dtype>& whitening, Partial* sums) {
-  sums->mean += g;
-  sums->m2 += static_cast<double>(g) * XHat(x, whitening);
-}
-
 template <typename Dtype, int V>
 static __device__ void SegmentGradients(const Shape& shape, const Dtype* g,
-    const Dtype* x, bool x_is_hat, const Channel* channels,
+    const Dtype* x, bool x_is_hat, const Channel<Dtype>* channels,
     Partial* partials) {
-  const Whitening<Dtype> whitening =
-      GetWhitening<Dtype>(channels[blockIdx.x], x_is_hat);
+  const Channel<Dtype> channel = Of(channels, blockIdx.x, x_is_hat);
   Partial sums = {0, 0, 0};
-  ForSegments<V>(shape, blockIdx.x, [&](size_t at) {
-    const Vector<Dtype, V> gs = Load<Dtype, V>(g, at);
-    const Vector<Dtype, V> xs = Load<Dtype, V>(x, at);
-    for (int i = 0; i < V; ++i) {
-      AddGradient(gs.v[i], xs.v[i], whitening, &sums);
-    }
+  ForSegments<V>(shape, blockIdx.x,
+      [&](const unsigned (&at)[GROUP / V], int loads) {
+    Dtype gs[GROUP], xs[GROUP];
+    LoadGroup<Dtype, V>(g, at, loads, gs);
+    LoadGroup<Dtype, V>(x, at, loads, xs);
+    JoinSums::Join(&sums, GroupGradients<V>(gs, xs, channel, loads));
   });
   sums = JoinBlock<JoinSums>(sums);
   if (threadIdx.x == 0) {
@@ -304,17 +356,19 @@ static __device__ void SegmentGradients(const Shape& shape, const Dtype* g,
 
 template <typename Dtype>
 static __device__ void ColumnGradients(const Shape& shape, const Dtype* g,
-    const Dtype* x, bool x_is_hat, const Channel* channels,
+    const Dtype* x, bool x_is_hat, const Channel<Dtype>* channels,
     Partial* partials) {
   const size_t columns = static_cast<size_t>(shape.channels) * shape.positions;
   const size_t column = static_cast<size_t>(blockIdx.x) * WARP
       + threadIdx.x % WARP;
-  const size_t channel = column < columns ? column / shape.positions : 0;
-  const Whitening<Dtype> whitening =
-      GetWhitening<Dtype>(channels[channel], x_is_hat);
+  const Channel<Dtype> channel = Of(channels,
+      column < columns ? column / shape.positions : 0, x_is_hat);
   Partial sums = {0, 0, 0};
-  ForColumn(shape, [&](size_t at) {
-    AddGradient(g[at], x[at], whitening, &sums);
+  ForColumn(shape, [&](const unsigned (&at)[GROUP], int loads) {
+    Dtype gs[GROUP], xs[GROUP];
+    LoadGroup<Dtype, 1>(g, at, loads, gs);
+    LoadGroup<Dtype, 1>(x, at, loads, xs);
+    JoinSums::Join(&sums, GroupGradients<1>(gs, xs, channel, loads));
   });
   sums = JoinRows<JoinSums>(sums);
   if (threadIdx.x < WARP && column < columns) {
@@ -343,13 +397,16 @@ static __device__ int JoinParts(const Shape& shape, int width,
 template <typename Dtype>
 static __device__ void FinishMoments(const Shape& shape, int width,
     double momentum, double eps, const Partial* partials, Dtype* moving_mean,
-    Dtype* moving_inv_std, Channel* channels) {
+    Dtype* moving_inv_std, Channel<Dtype>* channels) {
   Partial all;
   const int c = JoinParts<JoinMoments>(shape, width, partials, &all);
   if (c < 0) { return; }
   const double inv_std = 1 / sqrt(all.m2 / all.count + eps);
-  channels[c].mean = all.mean;
-  channels[c].inv_std = inv_std;
+  const Dtype high = static_cast<Dtype>(all.mean);
+  channels[c].high = high;
+  channels[c].low =
+      static_cast<Dtype>(all.mean - static_cast<double>(high));
+  channels[c].inv_std = static_cast<Dtype>(inv_std);
   moving_mean[c] = static_cast<Dtype>(
       momentum * moving_mean[c] + (1 - momentum) * all.mean);
   moving_inv_std[c] = static_cast<Dtype>(
@@ -359,12 +416,14 @@ static __device__ void FinishMoments(const Shape& shape, int width,
 template <typename Dtype>
 static __device__ void FinishGradients(const Shape& shape, int width,
     const Partial* partials, Dtype* slope_diff, Dtype* bias_diff,
-    Channel* channels) {
+    Channel<Dtype>* channels) {
   Partial all;
   const int c = JoinParts<JoinSums>(shape, width, partials, &all);
   if (c < 0) { return; }
-  channels[c].sum_g = all.mean;
-  channels[c].sum_g_x_hat = all.m2;
+  const double share =
+      1 / (static_cast<double>(shape.samples) * shape.positions);
+  channels[c].mean_g = static_cast<Dtype>(all.mean * share);
+  channels[c].mean_g_x_hat = static_cast<Dtype>(all.m2 * share);
   if (slope_diff) { slope_diff[c] += static_cast<Dtype>(all.m2); }
   if (bias_diff) { bias_diff[c] += static_cast<Dtype>(all.mean); }
 }
@@ -372,82 +431,100 @@ static __device__ void FinishGradients(const Shape& shape, int width,
 // The moving statistics as those of this pass.
 template <typename Dtype>
 static __device__ void TakeMoving(int num_channels, const Dtype* moving_mean,
-    const Dtype* moving_inv_std, Channel* channels) {
+    const Dtype* moving_inv_std, Channel<Dtype>* channels) {
   const int c = blockIdx.x * THREADS + threadIdx.x;
   if (c < num_channels) {
-    channels[c].mean = moving_mean[c];
+    channels[c].high = moving_mean[c];
+    channels[c].low = 0;
     channels[c].inv_std = moving_inv_std[c];
   }
 }
 
 // ---- Passes over all values ----
 
-// Calls see(channel, offset of V neighbours, all of that channel) for each
-// vector of the bottom, several a thread, so that loads overlap.
-template <int V, typename See>
-static __device__ void ForAll(const Shape& shape, See see) {
-  const unsigned length = shape.positions / V;
-  const size_t vectors = static_cast<size_t>(shape.samples) * shape.channels
-      * length;
-  const size_t stride = static_cast<size_t>(gridDim.x) * THREADS;
-  for (size_t i = static_cast<size_t>(blockIdx.x) * THREADS + threadIdx.x;
-       i < vectors; i += stride) {
-    // A blob has less than 2^31 values.
-    const unsigned row = static_cast<unsigned>(i) / length;
-    see(row % static_cast<unsigned>(shape.channels), i * V);
+// The vectors of V neighbours, each in one channel, that are a thread's.
+template <typename Dtype, int V>
+struct Place {
+  enum { kVectors = LOAD / sizeof(Dtype) / V };
+  unsigned at[kVectors];
+  unsigned channel[kVectors];
+  int vectors;
+
+  // A blob has less than 2^31 values.
+  explicit __device__ Place(const Shape& shape) : vectors(0) {
+    const unsigned length = shape.positions / V;
+    const unsigned channels = shape.channels;
+    unsigned i = blockIdx.x * (THREADS * kVectors) + threadIdx.x;
+    for (int j = 0; j < kVectors; ++j, i += THREADS) {
+      const unsigned row = i / length;
+      at[j] = i * V;
+      channel[j] = row % channels;
+      vectors += row < channels * shape.samples;
+    }
   }
-}
+  // All before the first store: they may not change places, and overlap.
+  __device__ void LoadAll(const Dtype* from,
+      Vector<Dtype, V> (&values)[kVectors]) const {
+    for (int j = 0; j < kVectors; ++j) {
+      if (j < vectors) { values[j] = Load<Dtype, V>(from, at[j]); }
+    }
+  }
+  __device__ void Store(Dtype* to, int j,
+      const Vector<Dtype, V>& values) const {
+    *reinterpret_cast<Vector<Dtype, V>*>(to + at[j]) = values;
+  }
+};
 
 // y and, unless null, x_hat. x and y may be the same memory.
 template <typename Dtype, int V>
-static __device__ void Normalize(const Shape& shape, const Channel* channels,
-    const Dtype* slope, const Dtype* bias, const Dtype* x, Dtype* y,
-    Dtype* x_hat) {
-  ForAll<V>(shape, [&](unsigned c, size_t at) {
-    const Whitening<Dtype> whitening =
-        GetWhitening<Dtype>(channels[c], false);
+static __device__ void Normalize(const Shape& shape,
+    const Channel<Dtype>* channels, const Dtype* slope, const Dtype* bias,
+    const Dtype* x, Dtype* y, Dtype* x_hat) {
+  const Place<Dtype, V> place(shape);
+  Vector<Dtype, V> values[place.kVectors];
+  place.LoadAll(x, values);
+  for (int j = 0; j < place.kVectors; ++j) {
+    if (j >= place.vectors) { break; }
+    const unsigned c = place.channel[j];
+    const Channel<Dtype> channel = channels[c];
     const Dtype slope_c = slope[c];
     const Dtype bias_c = bias[c];
-    const Vector<Dtype, V> values = Load<Dtype, V>(x, at);
     Vector<Dtype, V> hats, result;
     for (int i = 0; i < V; ++i) {
-      hats.v[i] = XHat(values.v[i], whitening);
+      hats.v[i] = XHat(values[j].v[i], channel);
       result.v[i] = hats.v[i] * slope_c + bias_c;
     }
-    if (x_hat) { *reinterpret_cast<Vector<Dtype, V>*>(x_hat + at) = hats; }
-    *reinterpret_cast<Vector<Dtype, V>*>(y + at) = result;
-  });
+    if (x_hat) { place.Store(x_hat, j, hats); }
+    place.Store(y, j, result);
+  }
 }
 
 // dx. g and dx may be the same memory. Without by_batch the statistics are
 // the moving ones, which no sample changes, and x is not read.
 template <typename Dtype, int V>
-static __device__ void PassDown(const Shape& shape, const Channel* channels,
-    const Dtype* slope, const Dtype* g, const Dtype* x, bool x_is_hat,
-    bool by_batch, Dtype* dx) {
-  const double share =
-      1 / (static_cast<double>(shape.samples) * shape.positions);
-  ForAll<V>(shape, [&](unsigned c, size_t at) {
-    const Channel channel = channels[c];
-    const Dtype factor = static_cast<Dtype>(slope[c] * channel.inv_std);
-    const Vector<Dtype, V> gs = Load<Dtype, V>(g, at);
+static __device__ void PassDown(const Shape& shape,
+    const Channel<Dtype>* channels, const Dtype* slope, const Dtype* g,
+    const Dtype* x, bool x_is_hat, bool by_batch, Dtype* dx) {
+  const Place<Dtype, V> place(shape);
+  Vector<Dtype, V> gs[place.kVectors], xs[place.kVectors];
+  place.LoadAll(g, gs);
+  if (by_batch) { place.LoadAll(x, xs); }
+  for (int j = 0; j < place.kVectors; ++j) {
+    if (j >= place.vectors) { break; }
+    const unsigned c = place.channel[j];
+    const Dtype factor = slope[c] * channels[c].inv_std;
     Vector<Dtype, V> result;
     if (by_batch) {
-      const Whitening<Dtype> whitening =
-          GetWhitening<Dtype>(channel, x_is_hat);
-      const Dtype mean_g = static_cast<Dtype>(channel.sum_g * share);
-      const Dtype mean_g_x_hat =
-          static_cast<Dtype>(channel.sum_g_x_hat * share);
-      const Vector<Dtype, V> xs = Load<Dtype, V>(x, at);
+      const Channel<Dtype> channel = Of(channels, c, x_is_hat);
       for (int i = 0; i < V; ++i) {
-        result.v[i] = factor
-            * ((gs.v[i] - mean_g) - XHat(xs.v[i], whitening) * mean_g_x_hat);
+        result.v[i] = factor * ((gs[j].v[i] - channel.mean_g)
+            - XHat(xs[j].v[i], channel) * channel.mean_g_x_hat);
       }
     } else {
-      for (int i = 0; i < V; ++i) { result.v[i] = factor * gs.v[i]; }
+      for (int i = 0; i < V; ++i) { result.v[i] = factor * gs[j].v[i]; }
     }
-    *reinterpret_cast<Vector<Dtype, V>*>(dx + at) = result;
-  });
+    place.Store(dx, j, result);
+  }
 }
 
 // Kernels that load vectors exist for the widest load and for single values;
@@ -459,16 +536,16 @@ static __device__ void PassDown(const Shape& shape, const Channel* channels,
   } \
   extern "C" __global__ void bn_segment_gradients_##suffix(Shape shape, \
       const Dtype* g, const Dtype* x, int x_is_hat, \
-      const Channel* channels, Partial* partials) { \
+      const Channel<Dtype>* channels, Partial* partials) { \
     SegmentGradients<Dtype, V>(shape, g, x, x_is_hat, channels, partials); \
   } \
   extern "C" __global__ void bn_normalize_##suffix(Shape shape, \
-      const Channel* channels, const Dtype* slope, const Dtype* bias, \
+      const Channel<Dtype>* channels, const Dtype* slope, const Dtype* bias, \
       const Dtype* x, Dtype* y, Dtype* x_hat) { \
     Normalize<Dtype, V>(shape, channels, slope, bias, x, y, x_hat); \
   } \
   extern "C" __global__ void bn_pass_down_##suffix(Shape shape, \
-      const Channel* channels, const Dtype* slope, const Dtype* g, \
+      const Channel<Dtype>* channels, const Dtype* slope, const Dtype* g, \
       const Dtype* x, int x_is_hat, int by_batch, Dtype* dx) { \
     PassDown<Dtype, V>(shape, channels, slope, g, x, x_is_hat, by_batch, \
         dx); \
@@ -481,24 +558,24 @@ static __device__ void PassDown(const Shape& shape, const Channel* channels,
   } \
   extern "C" __global__ void bn_column_gradients_##suffix(Shape shape, \
       const Dtype* g, const Dtype* x, int x_is_hat, \
-      const Channel* channels, Partial* partials) { \
+      const Channel<Dtype>* channels, Partial* partials) { \
     ColumnGradients<Dtype>(shape, g, x, x_is_hat, channels, partials); \
   } \
   extern "C" __global__ void bn_finish_moments_##suffix(Shape shape, \
       int width, double momentum, double eps, const Partial* partials, \
-      Dtype* moving_mean, Dtype* moving_inv_std, Channel* channels) { \
+      Dtype* moving_mean, Dtype* moving_inv_std, Channel<Dtype>* channels) { \
     FinishMoments<Dtype>(shape, width, momentum, eps, partials, moving_mean, \
         moving_inv_std, channels); \
   } \
   extern "C" __global__ void bn_finish_gradients_##suffix(Shape shape, \
       int width, const Partial* partials, Dtype* slope_diff, \
-      Dtype* bias_diff, Channel* channels) { \
+      Dtype* bias_diff, Channel<Dtype>* channels) { \
     FinishGradients<Dtype>(shape, width, partials, slope_diff, bias_diff, \
         channels); \
   } \
   extern "C" __global__ void bn_take_moving_##suffix(int num_channels, \
       const Dtype* moving_mean, const Dtype* moving_inv_std, \
-      Channel* channels) { \
+      Channel<Dtype>* channels) { \
     TakeMoving<Dtype>(num_channels, moving_mean, moving_inv_std, channels); \
   }
 

@@ -267,9 +267,12 @@ void Extremes() {
         for (Dtype& x : p->x) { x = x / 16 + 1000; } }},
       {"large values", [=](auto* p) {
         for (Dtype& x : p->x) { x *= std::sqrt(largest); } }},
-      // The distances of eight values add up to what is in range.
+      // Sums of float that leave its range on the way.
       {"values near the largest", [=](auto* p) {
-        if (sizeof(Dtype) == 4) { for (Dtype& x : p->x) { x *= largest / 16; } }
+        if (sizeof(Dtype) == 4) { for (Dtype& x : p->x) { x *= largest / 4; } }
+      }},
+      {"gradients near the largest", [=](auto* p) {
+        if (sizeof(Dtype) == 4) { for (Dtype& g : p->g) { g *= largest / 8; } }
       }},
       {"denormal values", [](auto* p) {
         for (Dtype& x : p->x) {

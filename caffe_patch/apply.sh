@@ -25,7 +25,9 @@ stays, what is old is renewed. Either everything applies or nothing changes.
 END
 }
 
+died=
 die() {
+  died=1
   printf 'apply.sh: error: %s\n' "$1" >&2
   shift
   if (( $# )); then printf '  %s\n' "$@" >&2; fi
@@ -43,6 +45,10 @@ cleanup() {
   local status=$?
   trap - EXIT
   if [[ $stage ]]; then rm -rf -- "$stage"; fi
+  # Whatever else can fail writes a file; the program's own words are above.
+  if [[ ! $died ]] && (( status && status < 128 )); then
+    echo "apply.sh: error: cannot write to $root: is its disk full?" >&2
+  fi
   if (( status )); then echo "apply.sh: nothing was changed" >&2; fi
   exit "$status"
 }

@@ -2,6 +2,7 @@
 # Builds BVLC Caffe with the LargeMarginInnerProduct and BN layers.
 set -euo pipefail
 unset CDPATH
+export LC_ALL=C  # the messages of the programs are read
 
 usage() {
   cat <<'END'
@@ -44,6 +45,25 @@ die() {
   exit 1
 }
 
+# A full disk is behind errors that look like others.
+disk_full='No space left on device|Disk quota exceeded'
+die_of_full_disk() {  # WHERE
+  die "the disk of $1 is full, or the one for temporary files, ${TMPDIR:-/tmp}" \
+      "Make room and run this again; it goes on where it stopped."
+}
+
+# Makes a folder if it is not there, and says why it takes no file.
+must_be_writable() {
+  local said
+  said=$({ mkdir -p -- "$1" &&
+           head -c 65536 /dev/zero > "$1/.probe"; } 2>&1) || {
+    rm -f -- "$1/.probe" 2> /dev/null || true
+    [[ ! $said =~ $disk_full ]] || die_of_full_disk "$1"
+    die "cannot write to $1: ${said##*: }"
+  }
+  rm -f -- "$1/.probe"
+}
+
 device=
 tests=
 source_only=
@@ -78,9 +98,11 @@ fi
 
 # ---- One run at a time in a tree ----
 
-lock=${XDG_RUNTIME_DIR:-/tmp}/lsoftmax-$(id -u)-$(cksum <<< "$root" |
-  cut -d ' ' -f 1).lock
-exec 9>> "$lock"
+locks=${XDG_RUNTIME_DIR:-}
+# A user that su made may have root's in its environment.
+[[ -d $locks && -w $locks ]] || locks=/tmp
+lock=$locks/lsoftmax-$(id -u)-$(cksum <<< "$root" | cut -d ' ' -f 1).lock
+{ exec 9>> "$lock"; } 2> /dev/null || die "cannot write $lock"
 if [[ ! $packages_only ]] && ! flock -n 9; then
   say "another build is at work in $root; waiting for it to end"
   flock 9
@@ -133,9 +155,13 @@ install() {
         "  apt-get install --no-install-recommends $*"
   say "installing $*"
   update_lists
+  # A run that was killed in here has left dpkg at half its work.
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive dpkg --configure -a \
+    > "$project/build/apt.log" 2>&1 || true
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
       -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
-      install --no-install-recommends "$@" > "$project/build/apt.log" 2>&1 || {
+      install --fix-broken --no-install-recommends "$@" \
+      >> "$project/build/apt.log" 2>&1 || {
     tail -n 20 "$project/build/apt.log" >&2
     die "apt-get could not install $*" "Its log: $project/build/apt.log"
   }
@@ -208,7 +234,7 @@ rust_packages() {
 
 # ---- Get what is missing ----
 
-mkdir -p -- "$project/build"
+[[ $packages_only ]] || must_be_writable "$project/build"
 if is_debian; then
   mapfile -t missing < <(not_installed "${packages[@]}")
   rust=()
@@ -240,10 +266,13 @@ cargo_dir > /dev/null ||
 debian_version=1.0.0+git20180821.99bd997
 debian_sha256=e0eb3f06794f7402c77b7dec8e8480273ee1a1bb192e9122b621a69d4147ad0c
 
+# In the foreground, so that Ctrl-C and what ends this script end it too.
+in_time=(timeout --foreground 300)
+
 clone() {
   command -v git > /dev/null || return 1
   say "cloning BVLC/caffe"
-  GIT_TERMINAL_PROMPT=0 timeout 300 git -c http.lowSpeedLimit=1000 \
+  GIT_TERMINAL_PROMPT=0 "${in_time[@]}" git -c http.lowSpeedLimit=1000 \
     -c http.lowSpeedTime=20 clone --quiet --depth 1 \
     https://github.com/BVLC/caffe.git "$part/caffe"
 }
@@ -272,8 +301,8 @@ debian_source() {
            -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$apt/lists"
            -o "Dir::Cache=$apt/cache" -o Acquire::http::Timeout=30
            -o "APT::Sandbox::User=$(id -un)")
-  timeout 300 apt-get "${options[@]}" update || return 1
-  (cd -- "$apt" && timeout 300 apt-get "${options[@]}" source \
+  "${in_time[@]}" apt-get "${options[@]}" update || return 1
+  (cd -- "$apt" && "${in_time[@]}" apt-get "${options[@]}" source \
      --download-only caffe) || return 1
   tarball=$apt/caffe_$debian_version.orig.tar.gz
   [[ -e $tarball ]] || return 1
@@ -282,16 +311,31 @@ debian_source() {
   tar -xzf "$tarball" -C "$part/caffe"
 }
 
+# Runs a command and keeps its errors in $words.
+words=
+hear() {
+  local status=0
+  { words=$("$@" 2>&1 >&3) || status=$?; } 3>&1
+  [[ -z $words ]] || printf '%s\n' "$words" >&2
+  return "$status"
+}
+
 if [[ ! -e $root/src/caffe/proto/caffe.proto ]]; then
   [[ ! -e $root ]] ||
     die "$root is there, but is not a Caffe source tree; move it away"
   rm -rf -- "$root".part.*
   part=$(mktemp -d "$root.part.XXXXXX")
   trap 'rm -rf -- "$part"' EXIT
-  clone || { rm -rf -- "$part/caffe"; debian_source; } ||
+  hear clone || {
+    [[ ! $words =~ $disk_full ]] || die_of_full_disk "$part"
+    rm -rf -- "$part/caffe"
+    hear debian_source
+  } || {
+    [[ ! $words =~ $disk_full ]] || die_of_full_disk "$part"
     die "Caffe's source could not be had: neither github.com/BVLC/caffe nor" \
         "the source package caffe of this system's package mirror answered." \
         "Bring a Caffe tree (1.0 or master) and set CAFFE_ROOT to its path."
+  }
   mv -T -- "$part/caffe" "$root"
   rm -rf -- "$part"
   trap - EXIT
@@ -310,7 +354,7 @@ fi
 
 build=$root/build
 log=$build/build_caffe.log
-mkdir -p -- "$build"
+must_be_writable "$build"
 : > "$log"
 
 cached() { sed -n "s/^$1:[A-Z]*=//p" "$build/CMakeCache.txt" 2> /dev/null; }
@@ -406,8 +450,44 @@ fi
 
 failed() {
   tail -n 30 "$log" >&2
+  must_be_writable "$build"
+  ! grep -qE "$disk_full" "$log" || die_of_full_disk "$build"
   die "$1" "The whole log: $log"
 }
+
+# What is killed while it writes a file, by kill -9 or a crash, leaves it cut
+# short but new: Make takes it for done. So a build that does not come to its
+# end leaves $unfinished, and the next one looks at what is newer.
+unfinished=$build/build_caffe.unfinished
+
+discard_half_written() {
+  local file
+  # What the first configuration found out, up to where it was killed.
+  [[ -e $build/CMakeCache.txt ]] || rm -rf -- "$build/CMakeFiles"
+  # The assembler writes an object's last bytes last, and binutils miss them.
+  while IFS= read -r -d '' file; do
+    size -- "$file" > /dev/null 2>&1 || rm -f -- "$file"
+  done < <(find "$build" -path '*/CMakeFiles/*' -name '*.o' \
+             -newer "$unfinished" -print0)
+  # The compiler writes an object's dependencies before the object.
+  while IFS= read -r -d '' file; do
+    [[ ${file%.d} -nt $unfinished ]] || rm -f -- "$file" "${file%.d}"
+  done < <(find "$build" -path '*/CMakeFiles/*' -name '*.o.d' \
+             -newer "$unfinished" -print0)
+  # protoc's files are whole if they were compiled.
+  for file in "$build"/include/caffe/proto/*.pb.cc; do
+    [[ -n $(find "$build" -name "${file##*/}.o" -newer "$file") ]] ||
+      rm -f -- "${file%.cc}.cc" "${file%.cc}.h" "${file%.pb.cc}_pb2.py"
+  done
+  # Links are quick: CMake writes these files anew, and Make links again.
+  find "$build" -name link.txt -delete
+}
+
+if [[ -e $unfinished ]]; then
+  say "the last build here did not come to its end; going on with it"
+  discard_half_written
+fi
+: > "$unfinished"
 
 cmake -S "$root" -B "$build" -Wno-dev "${options[@]}" >> "$log" 2>&1 ||
   failed "CMake could not configure Caffe in $build"
@@ -460,5 +540,6 @@ missing = {"LargeMarginInnerProduct", "BN"} - set(caffe.layer_type_list())
 if missing:
     raise SystemExit("pycaffe does not have the layers: " + ", ".join(missing))
 ' >> "$log" 2>&1 || failed "pycaffe in $root/python does not work with $python"
+rm -f -- "$unfinished"
 
 say "done ($device): $made"

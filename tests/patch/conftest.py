@@ -4,10 +4,14 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from stand_in import make_tree
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from faults import disk, private_mounts  # noqa: E402,F401
+from stand_in import make_tree  # noqa: E402
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -6,6 +6,7 @@ The build itself is seen in every run of the other tests.
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -21,7 +22,7 @@ PROGRAMS = (
     "sort", "head", "tail", "mkdir", "mktemp", "rm", "mv", "cp", "cat",
     "dirname", "basename", "tee", "grep", "patch", "diff", "cmp", "find", "ls",
     "sha256sum", "tar", "timeout", "chown", "chmod", "sleep", "gzip",
-    "setpriv", "readlink")
+    "setpriv", "readlink", "size")
 
 STAND_INS = {
     # Installed are the packages that the file names; "all" is all of them.
@@ -34,10 +35,15 @@ STAND_INS = {
                'case " $* " in\n'
                '*" indextargets "*) echo "http://mirror Debian Debian" ;;\n'
                '*" source "*) cp "$STATE"/*.orig.tar.gz . ;;\n'
-               '*" install "*) for p; do case $p in cargo*) '
+               '*" install "*)\n'
+               '  if [[ -e $STATE/half ]]; then echo "E: dpkg was interrupted,'
+               ' you must manually run dpkg --configure -a"; exit 100; fi\n'
+               '  : > "$STATE/half"; ls / > /dev/null\n'
+               '  for p; do case $p in cargo*) '
                'cp "$STATE/cargo" "$BIN/cargo";; esac; done\n'
-               '  echo all > "$STATE/installed";;\n'
+               '  echo all > "$STATE/installed"; rm "$STATE/half";;\n'
                'esac',
+    "dpkg": 'if [[ "$*" == "--configure -a" ]]; then rm -f "$STATE/half"; fi',
     "git": 'if [[ -e $STATE/clone ]]; then cp -R "$STATE/clone" "${@: -1}"; '
            'else echo "fatal: no network" >&2; exit 128; fi',
     "cmake": 'if [[ $1 == --version ]]; then echo "cmake version 3.25.1"; '
@@ -95,7 +101,7 @@ class World:
         done = subprocess.run(command, env={**base, **env}, text=True, cwd="/",
                               stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        assert done.returncode == status, done.stdout
+        assert status in (None, done.returncode), done.stdout
         return done.stdout
 
     def cmake_calls(self):
@@ -157,8 +163,7 @@ def test_source_alone(world, tree):
 
 
 def test_tests_are_only_ours(world, tree):
-    (tree / "python/caffe/__init__.py").write_text(
-        "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
+    pycaffe_works(tree)
     world.run("--tests", "--jobs", "3", status=0)
     calls = world.cmake_calls()
     assert ("-DBUILD_only_tests=large_margin_inner_product_layer,bn_layer"
@@ -173,7 +178,183 @@ def test_a_build_that_fails(world, tree):
     assert f"The whole log: {tree}/build/build_caffe.log" in out
 
 
+# ---- What a killed build leaves ----
+
+def make_object(path, cut=0):
+    """An object of the real compiler, without its last bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cc", "-x", "c", "-c", "-o", path, "-"], check=True,
+                   input="int f(void) { return 1; }", text=True)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size - cut])
+
+
+def pycaffe_works(tree):
+    (tree / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
+
+
+def test_half_written_files_are_made_again(world, tree):
+    """Those of a build that did not come to its end; whole ones stay."""
+    pycaffe_works(tree)
+    build = tree / "build"
+    objects = build / "src/caffe/CMakeFiles/caffe.dir"
+    proto = build / "include/caffe/proto"
+    unfinished = build / "build_caffe.unfinished"
+    proto.mkdir(parents=True)
+    for name in ("caffe.pb.cc", "caffe.pb.h", "caffe_pb2.py"):
+        (proto / name).write_text("// whole\n")
+    (build / "CMakeCache.txt").write_text("CPU_ONLY:BOOL=ON\n")
+    make_object(objects / "old.cpp.o")
+    make_object(objects / "older.cpp.o")
+    time.sleep(0.02)
+    unfinished.touch()
+    time.sleep(0.02)
+    make_object(build / "src/caffe/CMakeFiles/p.dir/proto/caffe.pb.cc.o")
+    make_object(objects / "whole.cpp.o")
+    for cut, name in ((1, "short"), (10 ** 6, "empty"), (300, "shorter")):
+        make_object(objects / f"{name}.cpp.o", cut)
+    # A compiler that was killed before it came to the object.
+    (objects / "old.cpp.o.d").write_text("old.cpp.o: old.c")
+    for name in ("whole", "short"):
+        (objects / f"{name}.cpp.o.d").write_text("")
+    (objects / "link.txt").write_text("c++ -o libcaffe.so")
+
+    out = world.run(status=0)
+    assert "did not come to its end" in out
+    assert {path.name for path in objects.iterdir()} == {
+        "older.cpp.o", "whole.cpp.o", "whole.cpp.o.d"}
+    assert len(list(proto.iterdir())) == 3
+    assert not unfinished.exists()
+
+    # A build that fails is not finished either; one that is stays as it is.
+    (world.state / "broken").touch()
+    world.run(status=1)
+    assert unfinished.exists()
+    (world.state / "broken").unlink()
+    (build / "src/caffe/CMakeFiles/p.dir/proto/caffe.pb.cc.o").unlink()
+    world.run(status=0)
+    assert not list(proto.iterdir())
+    make_object(objects / "short.cpp.o", 1)
+    (objects / "link.txt").touch()
+    assert "come to its end" not in world.run(status=0)
+    assert (objects / "short.cpp.o").exists()
+    assert (objects / "link.txt").exists()
+
+
+def test_first_configuration_that_was_killed(world, tree):
+    pycaffe_works(tree)
+    half = tree / "build/CMakeFiles/3.25.1/CMakeCXXCompiler.cmake"
+    half.parent.mkdir(parents=True)
+    half.write_text("set(CMAKE_CXX_COM")
+    (tree / "build/build_caffe.unfinished").touch()
+    world.run(status=0)
+    assert not half.exists()
+
+
+def test_ctrl_c_ends_a_clone(world):
+    """git does not go on in a process group of its own."""
+    world.program(world.bin / "git", 'echo $$ > "$STATE/git"; sleep 60')
+    command, env = world.command()
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    pid = world.state / "git"
+    try:
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=30)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert not any(world.caffe.parent.iterdir())
+
+
+# ---- Disks ----
+
+def test_full_disk(world, disk):
+    """Says so at any time, and goes on when there is room."""
+    clone = make_tree(world.state / "clone")
+    pycaffe_works(clone)
+    (clone / "data").write_bytes(b"x" * 150_000)
+    small = disk("size=2m")
+    shutil.copytree(world.project, small.path / "project")
+    world.project = small.path / "project"
+    (world.project / "build").mkdir()
+    seen = []
+    for left in (0, 100, 200, 280, 340, 400):
+        small.fill(left)
+        out = world.run(status=None)
+        if out.splitlines()[-1].startswith("build_caffe: done"):
+            break
+        errors = [line for line in out.splitlines() if "error: " in line]
+        assert "could not be had" not in out
+        assert ("disk of " in errors[-1] and "is full" in errors[-1] or
+                "apply.sh: error: " in errors[-1]), out
+        assert "No space left on device" in out or "is full" in out
+        seen.append(errors[-1].split(":")[0])
+        assert not list(small.path.glob("project/build/*.part.*"))
+    assert {"build_caffe", "apply.sh"} <= set(seen)
+    small.free()
+    assert world.run(status=0).splitlines()[-1].startswith("build_caffe: done")
+
+
+def test_compiler_on_a_full_disk(world, tree):
+    """Its message is in the log, however much room it left at its end."""
+    world.program(world.bin / "cmake",
+                  "[[ $1 == --version ]] && { echo cmake version 3.25.1; exit;"
+                  "}\n[[ $1 != --build ]] || { echo 'x.cpp:1: fatal error: "
+                  "error writing to x.s: No space left on device'; exit 1; }")
+    out = world.run(status=1)
+    assert f"error: the disk of {tree}/build is full" in out
+    assert "x.cpp:1: fatal error" in out
+
+
+def test_read_only_tree(world, tree, disk):
+    small = disk("size=2m")
+    shutil.copytree(world.project, small.path / "project")
+    world.project = small.path / "project"
+    small.read_only()
+    try:
+        out = world.run(status=1)
+    finally:
+        small.read_only(False)
+    assert out == (f"build_caffe: error: cannot write to {world.project}/build:"
+                   " Read-only file system\n")
+
+
+def test_tree_of_somebody_else(world, tree):
+    user = user_without_root()
+    if user is None:
+        pytest.skip("only root can be somebody else")
+    for path in (world.project, *world.project.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o022)
+    out = world.run(status=1, user=user)
+    assert out == (f"build_caffe: error: cannot write to {world.project}/build:"
+                   " Permission denied\n")
+
+
+def test_runtime_folder_of_somebody_else(world, tree):
+    """su leaves root's XDG_RUNTIME_DIR in the environment."""
+    (world.state / "broken").touch()
+    out = world.run(status=1, XDG_RUNTIME_DIR=str(world.folder / "none"))
+    assert "something.cpp: error: broken" in out
+
+
 # ---- Packages ----
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root installs")
+def test_goes_on_where_apt_was_killed(world, tree):
+    (world.state / "installed").write_text("cmake\n")
+    (world.state / "half").touch()
+    pycaffe_works(tree)
+    world.run(status=0)
+    assert "--fix-broken" in (world.state / "apt.log").read_text()
+
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root installs")
 def test_installs_what_is_missing(world, tree):

@@ -272,7 +272,7 @@ void Extremes() {
         if (sizeof(Dtype) == 4) { for (Dtype& x : p->x) { x *= largest / 4; } }
       }},
       {"gradients near the largest", [=](auto* p) {
-        if (sizeof(Dtype) == 4) { for (Dtype& g : p->g) { g *= largest / 8; } }
+        if (sizeof(Dtype) == 4) { for (Dtype& g : p->g) { g *= largest / 4; } }
       }},
       {"denormal values", [](auto* p) {
         for (Dtype& x : p->x) {

@@ -948,6 +948,7 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestThreads) {
 template <typename Dtype>
 static void Solve(const Caffe::Brew mode, const int seed,
     Blob<Dtype>* weights, Blob<Dtype>* lambda) {
+  // Caffe's cuDNN softmax needs a GPU even in CPU mode.
   static const char text[] =
       "base_lr: 0.01 lr_policy: 'fixed' snapshot_after_train: false "
       "net_param { "
@@ -963,7 +964,7 @@ static void Solve(const Caffe::Brew mode, const int seed,
       "  largemargin_inner_product_param { num_output: 3 type: QUADRUPLE "
       "    base: 100 gamma: 0.5 weight_filler { type: 'xavier' } } } "
       "layer { name: 'loss' type: 'SoftmaxWithLoss' bottom: 'lm' bottom: 'y' "
-      "  top: 'loss' } }";
+      "  top: 'loss' softmax_param { engine: CAFFE } } }";
   Caffe::set_mode(mode);
   SolverParameter param;
   CHECK(google::protobuf::TextFormat::ParseFromString(text, &param));

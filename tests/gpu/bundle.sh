@@ -15,8 +15,13 @@ Needs no GPU. On a host with one, then:
   DEST/run.sh
 
 Caffe's source comes from cmake/build_caffe.sh --source, the CUDA toolkit from
-cmake/cuda_toolkit.sh. The environment variable CUDA_ARCHS names the GPUs to
-build for ("75 80 90"; later ones compile the last one's code at their start).
+cmake/cuda_toolkit.sh. Environment variables:
+
+  CUDA_ARCHS  the GPUs to build for ("75 80 90"; later ones compile the last
+              one's code at their start)
+  CUDNN_ROOT  a folder with cuDNN's include and lib: Caffe is built with it,
+              and the benchmark compares with it; its library, too large as
+              well, is the host's
 END
 }
 
@@ -81,6 +86,20 @@ if command -v apt-get > /dev/null && command -v dpkg > /dev/null; then
   fi
 fi
 
+cudnn=(-DUSE_CUDNN=OFF)
+cudnn_library=
+cudnn_check=()
+if [[ -n ${CUDNN_ROOT:-} ]]; then
+  for candidate in "$CUDNN_ROOT"/lib{64,}/libcudnn.so{,.9,.8}; do
+    if [[ -e $candidate ]]; then cudnn_library=$candidate; break; fi
+  done
+  [[ $cudnn_library && -e $CUDNN_ROOT/include/cudnn.h ]] ||
+    die "CUDNN_ROOT=$CUDNN_ROOT has no include/cudnn.h or no lib/libcudnn.so"
+  cudnn=(-DUSE_CUDNN=ON "-DCUDNN_INCLUDE=$CUDNN_ROOT/include"
+         "-DCUDNN_LIBRARY=$cudnn_library")
+  cudnn_check=(-DUSE_CUDNN "-I$CUDNN_ROOT/include" "$cudnn_library")
+fi
+
 log=$out/bundle.log
 failed() {
   tail -n 30 "$log" >&2
@@ -95,7 +114,7 @@ link=("-Wl,--disable-new-dtags,-rpath,\$ORIGIN/../lib"
 # parts must stay, or Caffe's CMake files fail on an empty list.
 say "configuring Caffe with CUDA for sm_${archs// / sm_}"
 cmake -S "$root" -B "$out/caffe" -Wno-dev -DCMAKE_BUILD_TYPE=Release \
-    -DCPU_ONLY=OFF -DUSE_CUDNN=OFF -DUSE_OPENCV=OFF -DUSE_LEVELDB=OFF \
+    -DCPU_ONLY=OFF "${cudnn[@]}" -DUSE_OPENCV=OFF -DUSE_LEVELDB=OFF \
     -DUSE_LMDB=ON -DBUILD_python=OFF -DBUILD_python_layer=OFF \
     -DBUILD_docs=OFF -DBLAS=Open "${blas[@]}" \
     -DBUILD_only_tests=large_margin_inner_product_layer,bn_layer \
@@ -121,7 +140,7 @@ cmake --build "$out/caffe" --parallel "$jobs" --target caffe.bin test.testbin \
 "${CXX:-g++}" -O2 -std=gnu++17 -Wno-deprecated-declarations \
     "-I$root/include" "-I$out/caffe/include" "-I$toolkit/include" \
     -o "$out/caffe/gpu_check" "$here/gpu_check.cpp" "-L$out/caffe/lib" \
-    -lcaffe -lprotobuf -lglog -lgflags -lboost_system -lboost_thread \
+    -lcaffe "${cudnn_check[@]}" -lprotobuf -lglog -lgflags -lboost_system -lboost_thread \
     "-L$toolkit/lib64" -lcudart -lpthread "${link[0]}" \
     "-Wl,-rpath-link,$toolkit/lib64" >> "$log" 2>&1 ||
   failed "tests/gpu/gpu_check.cpp did not build"
@@ -139,15 +158,16 @@ cp -L -- "$out"/caffe/lib/libcaffe.so.* "$part/lib/"
 
 # What the loader finds for the programs: CUDA's large libraries are the host's
 # business; those of the C library are for hosts with an older one.
-libraries=$(LD_LIBRARY_PATH=$part/lib:$toolkit/lib64:$out/blas \
-            ldd "$part"/bin/*)
+libraries=$(
+  LD_LIBRARY_PATH=$part/lib:$toolkit/lib64:$out/blas${cudnn_library:+:${cudnn_library%/*}} \
+    ldd "$part"/bin/*)
 ! grep 'not found' <<< "$libraries" >&2 ||
   die "these libraries of Caffe's are not found"
 : > "$part/cuda_libraries"
 while read -r name path; do
   case $name in
     libcaffe.so*) ;;
-    libcublas*|libcurand*) echo "$name" >> "$part/cuda_libraries" ;;
+    libcublas*|libcurand*|libcudnn*) echo "$name" >> "$part/cuda_libraries" ;;
     ld-linux*|libc.so*|libm.so*|libdl.so*|libpthread.so*|librt.so*|\
     libresolv.so*)
       cp -L -- "$path" "$part/lib/c/" ;;

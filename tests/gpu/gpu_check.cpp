@@ -272,6 +272,68 @@ double CopySpeed() {
   return 2.0 * bytes / Median(times);
 }
 
+string Name(const string& what, const vector<int>& shape, bool in_place) {
+  string name = what + " (";
+  for (const int size : shape) { name += caffe::format_int(size) + ", "; }
+  return name.replace(name.size() - 2, 2, in_place ? "), in place" : ")");
+}
+
+#ifdef USE_CUDNN
+// Batch normalisation as cuDNN has it; no layer of Caffe uses that.
+class CudnnBatchNorm {
+ public:
+  explicit CudnnBatchNorm(const vector<int>& shape) : x_(shape), y_(shape) {
+    CUDNN_CHECK(cudnnCreate(&handle_));
+    caffe::cudnn::createTensor4dDesc<float>(&values_);
+    caffe::cudnn::setTensor4dDesc<float>(&values_, shape[0], shape[1],
+        shape[2], shape[3]);
+    CUDNN_CHECK(cudnnCreateTensorDescriptor(&channels_));
+    CUDNN_CHECK(cudnnDeriveBNTensorDescriptor(channels_, values_, kMode));
+    const vector<int> channels(1, shape[1]);
+    for (Blob<float>* blob : {&slope_, &bias_, &moving_mean_, &moving_var_,
+        &mean_, &inv_std_}) {
+      blob->Reshape(channels);
+      Fill(blob, 1.f, false);
+    }
+    Fill(&x_, 1.f, false);
+    Fill(&y_, 1.f, true);
+  }
+  ~CudnnBatchNorm() {
+    cudnnDestroyTensorDescriptor(channels_);
+    cudnnDestroyTensorDescriptor(values_);
+    cudnnDestroy(handle_);
+  }
+  void Run() {
+    const float one = 1, zero = 0;
+    const double eps = 1e-5;
+    CUDNN_CHECK(cudnnBatchNormalizationForwardTraining(handle_, kMode, &one,
+        &zero, values_, x_.gpu_data(), values_, y_.mutable_gpu_data(),
+        channels_, slope_.gpu_data(), bias_.gpu_data(), 0.1,
+        moving_mean_.mutable_gpu_data(), moving_var_.mutable_gpu_data(), eps,
+        mean_.mutable_gpu_data(), inv_std_.mutable_gpu_data()));
+    CUDNN_CHECK(cudnnBatchNormalizationBackward(handle_, kMode, &one, &zero,
+        &one, &one, values_, x_.gpu_data(), values_, y_.gpu_diff(), values_,
+        x_.mutable_gpu_diff(), channels_, slope_.gpu_data(),
+        slope_.mutable_gpu_diff(), bias_.mutable_gpu_diff(), eps,
+        mean_.gpu_data(), inv_std_.gpu_data()));
+  }
+
+ private:
+  static const cudnnBatchNormMode_t kMode = CUDNN_BATCHNORM_SPATIAL;
+  cudnnHandle_t handle_;
+  cudnnTensorDescriptor_t values_, channels_;
+  Blob<float> x_, y_, slope_, bias_, moving_mean_, moving_var_, mean_,
+      inv_std_;
+};
+
+void BenchmarkCudnnBatchNorm(const vector<int>& shape) {
+  Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0);
+  CudnnBatchNorm theirs(shape);
+  PrintRow(Name("BN / cuDNN's", shape, false),
+      Alternate([&] { ours.Run(); }, [&] { theirs.Run(); }), "");
+}
+#endif  // USE_CUDNN
+
 void BenchmarkBatchNorm(const vector<int>& shape, bool in_place,
     double copy_speed) {
   Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0, in_place);
@@ -295,10 +357,7 @@ void BenchmarkBatchNorm(const vector<int>& shape, bool in_place,
       "budget 0.33 %s; %.0f GB/s, %.0f %% of a copy, budget 70 %% %s",
       Verdict(r.ratio <= 0.33), speed / 1e6, 100 * speed / copy_speed,
       Verdict(speed >= 0.7 * copy_speed));
-  string name = "BN / BatchNorm + Scale (";
-  for (const int size : shape) { name += caffe::format_int(size) + ", "; }
-  name.replace(name.size() - 2, 2, in_place ? "), in place" : ")");
-  PrintRow(name, r, rest);
+  PrintRow(Name("BN / BatchNorm + Scale", shape, in_place), r, rest);
 }
 
 void PrintDevice() {
@@ -323,10 +382,14 @@ void Benchmark() {
   BenchmarkMargin(128, 512, 1000, 1.05);
   BenchmarkMargin(512, 512, 10572, 1.05);
   BenchmarkMargin(512, 512, 100000, 1.05);
-  for (const bool in_place : {false, true}) {
-    BenchmarkBatchNorm(Shape(128, 64, 28, 28), in_place, copy_speed);
-    // Too large for any cache.
-    BenchmarkBatchNorm(Shape(128, 64, 112, 112), in_place, copy_speed);
+  // The second is too large for any cache.
+  for (const vector<int>& shape : {Shape(128, 64, 28, 28),
+      Shape(128, 64, 112, 112)}) {
+    BenchmarkBatchNorm(shape, false, copy_speed);
+    BenchmarkBatchNorm(shape, true, copy_speed);
+#ifdef USE_CUDNN
+    BenchmarkCudnnBatchNorm(shape);
+#endif
   }
 }
 

@@ -81,7 +81,8 @@ done
 (( ! ${#missing[@]} )) ||
   die "Caffe needs ${missing[*]}, and this machine does not have that" \
       "Install CUDA 13, or get the libraries into this folder with" \
-      "  pip install --no-deps --target '$here/cuda' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*'"
+      "  pip install --no-deps --target '$here/cuda' 'nvidia-cublas==13.*' 'nvidia-curand==10.4.*'" \
+      "and, if cuDNN is among them, nvidia-cudnn-cu13"
 
 libraries=$(printf '%s\n' ${driver:+"$driver"} "${found[@]}" |
   awk 'NF && !seen[$0]++' | paste -sd :)

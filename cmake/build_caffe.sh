@@ -56,7 +56,7 @@ die_of_full_disk() {  # WHERE
 must_be_writable() {
   local said
   said=$({ mkdir -p -- "$1" &&
-           head -c 65536 /dev/zero > "$1/.probe"; } 2>&1) || {
+           printf '%4096s' '' > "$1/.probe"; } 2>&1) || {
     rm -f -- "$1/.probe" 2> /dev/null || true
     [[ ! $said =~ $disk_full ]] || die_of_full_disk "$1"
     die "cannot write to $1: ${said##*: }"

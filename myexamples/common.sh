@@ -43,9 +43,13 @@ need_packages() {
   say "installing for $purpose: $*"
   local log
   log=$(mktemp)
-  if ! { "${as_root[@]}" apt-get update &&
-         "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-           apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1
+  # Lists that are there do where one does not answer. A run that was killed in
+  # here has left dpkg at half its work.
+  if ! { "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=600 update || true
+         as_root+=(env DEBIAN_FRONTEND=noninteractive)
+         "${as_root[@]}" dpkg --configure -a || true
+         "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=600 install -y \
+           --fix-broken --no-install-recommends "$@"; } >"$log" 2>&1
   then
     tail -n 5 "$log" >&2
     rm -f "$log"
@@ -89,8 +93,19 @@ need_plots() {
     need_packages "the plots" python3-matplotlib
 }
 
-# one_at_a_time FILE: from here to its end no other script holds the lock FILE.
+# make_dir DIR: makes DIR if it is not there. Says why where DIR takes no file.
+make_dir() {
+  local said
+  said=$({ mkdir -p -- "$1" && printf '%4096s' '' >"$1/.probe"; } 2>&1) ||
+    { rm -f -- "$1/.probe" 2>/dev/null || true
+      die "cannot write to $(rel "$1"): ${said##*: }"; }
+  rm -f -- "$1/.probe"
+}
+
+# one_at_a_time FILE: from here to its end no other script holds the lock FILE,
+# whose folder is made if it is not there.
 one_at_a_time() {
+  make_dir "${1%/*}"
   exec 9>"$1"
   if ! flock -n 9; then
     say "waiting for another script that works in $(rel "${1%/*}")"
@@ -146,9 +161,13 @@ fetch() {
   return 1
 }
 
-# last_snapshot DIR: the solver state of DIR with the most iterations, if any.
-last_snapshot() {
-  find "$1" -maxdepth 1 -name '*_iter_*.solverstate' | sort -V | tail -n 1
+# last_snapshot DIR: the solver state of DIR with the most iterations, if any,
+# of those that are whole.
+last_snapshot() { "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1"; }
+
+# is_whole MODEL: whether that .caffemodel is there and not cut short.
+is_whole() {
+  [ -e "$1" ] && "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1" >/dev/null
 }
 
 # Caffe writes "Optimization Done" after a stop too.
@@ -176,6 +195,10 @@ train() {
   status=${PIPESTATUS[0]}
   set -e
   trap - INT
+  if [ "$status" -ne 0 ] || ! came_to_end "$log"; then
+    # A full disk is behind errors that look like others.
+    make_dir "$dir"
+  fi
   [ "$status" -eq 0 ] ||
     die "caffe train failed; its whole log is $(rel "$log")"
   came_to_end "$log"
@@ -186,7 +209,6 @@ train() {
 train_paper() {
   local solver=$1 dir=$2 state
   shift 2
-  mkdir -p "$dir"
   one_at_a_time "$dir/.lock"
   need_plots
   state=$(last_snapshot "$dir")

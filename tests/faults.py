@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-# Takes the place of every program on a PATH. Each call adds a byte to
-# $CALLS/count; call number $CALLS/at sends the signal $CALLS/signal to all of
+# Takes the place of every program on a PATH. Each call, or each of the program
+# that $CALLS/of names, adds a byte to $CALLS/count; number $CALLS/at sends the signal $CALLS/signal to all of
 # the script instead, which is its process group and what `timeout` put into
 # another one. The program itself is $CALLS/real/NAME.
 SHIM = r"""
@@ -22,15 +22,15 @@ SHIM = r"""
 #include <sys/stat.h>
 #include <unistd.h>
 
-static int number_in(const char* folder, const char* name) {
-  char path[4096], text[32] = "";
+static char* read_file(const char* folder, const char* name) {
+  static char text[64];
+  char path[4096];
   snprintf(path, sizeof path, "%s/%s", folder, name);
+  memset(text, 0, sizeof text);
   int file = open(path, O_RDONLY);
-  if (file >= 0) {
-    if (read(file, text, sizeof text - 1) < 0) _exit(99);
-    close(file);
-  }
-  return atoi(text);
+  if (file < 0 || read(file, text, sizeof text - 1) < 0) _exit(99);
+  close(file);
+  return text;
 }
 
 int main(int argc, char** argv) {
@@ -39,15 +39,18 @@ int main(int argc, char** argv) {
   char path[4096];
   struct stat is;
   name = name ? name + 1 : argv[0];
-  snprintf(path, sizeof path, "%s/count", calls);
-  int file = open(path, O_WRONLY | O_APPEND | O_CREAT, 0666);
-  if (file < 0 || write(file, name, 1) != 1 || fstat(file, &is)) _exit(99);
-  close(file);
-  if (is.st_size == number_in(calls, "at")) {
-    int what = number_in(calls, "signal");
-    if (getpgid(0) != getsid(0)) kill(-getsid(0), what);
-    kill(0, what);
-    usleep(10000);  /* A script that ignores the signal goes on. */
+  const char* of = read_file(calls, "of");
+  if (!*of || !strcmp(of, name)) {
+    snprintf(path, sizeof path, "%s/count", calls);
+    int file = open(path, O_WRONLY | O_APPEND | O_CREAT, 0666);
+    if (file < 0 || write(file, name, 1) != 1 || fstat(file, &is)) _exit(99);
+    close(file);
+    if (is.st_size == atoi(read_file(calls, "at"))) {
+      int what = atoi(read_file(calls, "signal"));
+      if (getpgid(0) != getsid(0)) kill(-getsid(0), what);
+      kill(0, what);
+      usleep(10000);  /* A script that ignores the signal goes on. */
+    }
   }
   snprintf(path, sizeof path, "%s/real/%s", calls, name);
   if (argc > 0) execv(path, argv);
@@ -74,13 +77,15 @@ class Killer:
             (self.bin / name).symlink_to(folder / "shim")
         self.env = {"PATH": str(self.bin), "CALLS": str(folder)}
 
-    def run(self, command, env, at=0, number=signal.SIGKILL):
+    def run(self, command, env, at=0, number=signal.SIGKILL, of=""):
         """Runs a script; returns its status, output and count of calls.
 
-        Nothing of the script goes on after a kill.
+        It gets the signal at that call, of one program or of any. Nothing of
+        it goes on after a kill.
         """
-        for name, value in (("count", ""), ("at", at), ("signal", number)):
-            (self.folder / name).write_text(str(int(value) if value else ""))
+        for name, value in (("count", ""), ("at", at), ("of", of),
+                            ("signal", int(number))):
+            (self.folder / name).write_text(str(value))
         process = subprocess.Popen(
             [str(x) for x in command], env={**env, **self.env}, cwd="/",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

@@ -25,7 +25,7 @@ esac
 . "$(dirname -- "${BASH_SOURCE[0]}")/../myexamples/common.sh"
 
 logs=$ROOT/build/test-logs
-mkdir -p -- "$logs"
+make_dir "$logs"
 one_at_a_time "$logs/.lock"
 rm -f -- "$logs"/*.log
 trap 'exit 130' INT

@@ -61,6 +61,8 @@ def main():
         runs.train_all(all_runs, args.jobs)
     except caffe_proto.UserError as error:
         sys.exit("error: %s" % error)
+    except OSError as error:
+        sys.exit("error: cannot write: %s" % error)
     except KeyboardInterrupt:
         sys.exit("stopped; run this again to go on")
     print_table(all_runs, args.margins)

@@ -8,7 +8,6 @@
 # shellcheck disable=SC2119  # without options
 build_caffe
 "$ROOT/myexamples/mnist/create_mnist.sh"
-mkdir -p "$ROOT/myexamples/mnist/comparison"
 one_at_a_time "$ROOT/myexamples/mnist/comparison/.lock"
 say "training on $(mnist_name)"
 "$PYTHON" "$ROOT/myexamples/mnist/compare_margins.py" "$@"

@@ -31,9 +31,11 @@ make_lmdb() {  # DB PREFIX
   fi
   rm -rf "$new"
   log=$(GLOG_logtostderr=1 "$convert" "$here/data/$2-images-idx3-ubyte" \
-    "$here/data/$2-labels-idx1-ubyte" "$new" 2>&1) ||
+    "$here/data/$2-labels-idx1-ubyte" "$new" 2>&1) || {
+    make_dir "$here"
     die "the conversion to $(rel "$1") failed: $log"
-  cp "$here/data/dataset.txt" "$new"
+  }
+  cp "$here/data/dataset.txt" "$new" || die "cannot write to $(rel "$new")"
   mv -T -- "$new" "$1"
   say "made $(rel "$1")"
 }

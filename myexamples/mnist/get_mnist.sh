@@ -64,7 +64,10 @@ if from_mirrors; then
 else
   say "MNIST cannot be had from any mirror: taking Fashion-MNIST instead"
   [ -e "$fashion/t10k-labels-idx1-ubyte.gz" ] ||
-    need_packages "Fashion-MNIST" dataset-fashion-mnist
+    (need_packages "Fashion-MNIST" dataset-fashion-mnist) ||
+    die "no images can be had. Run this again with a network, or put\
+ $(awk '{ print $2 }' "$here/mnist.sha256" | paste -sd' ') into\
+ $(rel "$parts") and run this again"
   name=Fashion-MNIST
   from=$fashion
 fi
@@ -81,7 +84,8 @@ while read -r _ file; do
     *) check_idx "$out" 2049 8 ;;
   esac
 done <"$here/mnist.sha256"
-echo "$name" >"$data.new/dataset.txt"
+{ echo "$name" >"$data.new/dataset.txt"; } 2>/dev/null ||
+  die "cannot write $(rel "$data.new/dataset.txt"): is the disk full?"
 mv -T -- "$data.new" "$data"
 rm -rf "$parts"
 say "$name is ready in $(rel "$data")"

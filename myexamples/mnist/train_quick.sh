@@ -16,9 +16,8 @@ build_caffe
 need_plots
 dataset=$(mnist_name)
 
-mkdir -p "$out"
 one_at_a_time "$out/.lock"
-if [ -e "$model" ] && came_to_end "$out/train.log"; then
+if came_to_end "$out/train.log" && is_whole "$model"; then
   say "the net is trained already; to train it anew, move $(rel "$out") away"
 else
   state=$(last_snapshot "$out")
@@ -32,6 +31,10 @@ else
   export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
   train "$solver" "$out" "${options[@]}" ||
     die "stopped before the end; run this again to go on from there"
+  # Caffe does not notice a full disk that takes all but the last few hundred
+  # bytes of a file.
+  is_whole "$model" ||
+    die "the net could not be written: make room and run this again"
 fi
 
 say "done: large-margin softmax (m = 4) on $dataset"

@@ -117,6 +117,8 @@ def main():
         run_all(parse_args())
     except caffe_proto.UserError as error:
         sys.exit("error: %s" % error)
+    except OSError as error:
+        sys.exit("error: cannot write: %s" % error)
     except KeyboardInterrupt:
         sys.exit("stopped; run this again to go on")
 

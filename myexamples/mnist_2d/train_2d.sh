@@ -8,7 +8,6 @@
 build_caffe
 "$ROOT/myexamples/mnist/create_mnist.sh"
 need_plots
-mkdir -p "$ROOT/myexamples/mnist_2d/runs"
 one_at_a_time "$ROOT/myexamples/mnist_2d/runs/.lock"
 say "training four nets on $(mnist_name)"
 "$PYTHON" "$ROOT/myexamples/mnist_2d/mnist_2d.py" \

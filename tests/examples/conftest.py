@@ -5,10 +5,15 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+sys.path.insert(0, os.path.join(ROOT, "tests"))
+
+from faults import disk, private_mounts  # noqa: E402,F401
+
 CAFFE_ROOT = os.path.abspath(
     os.environ.get("CAFFE_ROOT") or os.path.join(ROOT, "build", "caffe"))
 

@@ -66,7 +66,7 @@ def test_apply(apply, project, tmp_path, mode):
         with open(project / "src/caffe/layers/bn_layer.cpp", "a") as file:
             file.write("// new\n")
     command = [script, *(["--revert"] if mode == "revert" else []), caffe]
-    killed_and_run_again(killer, command, os.environ, begin, caffe, 7)
+    killed_and_run_again(killer, command, os.environ, begin, caffe, 5)
     if mode == "revert":
         assert result(caffe) == result(native)
 
@@ -88,6 +88,6 @@ def test_build_caffe(world):  # noqa: F811
         if not os.geteuid():
             (world.state / "installed").write_text("cmake\nmake\n")
 
-    killed_and_run_again(killer, command, env, begin, build, 14)
+    killed_and_run_again(killer, command, env, begin, build, 10)
     assert {path.name for path in build.iterdir()} <= {"caffe", "apt.log"}
     assert not list(build.rglob("*.unfinished"))

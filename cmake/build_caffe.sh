@@ -95,6 +95,9 @@ if [[ $root != "$project/build/caffe" ]]; then
         "Unset CAFFE_ROOT to let this script get Caffe."
   root=$(cd -- "$root" && pwd -P)
 fi
+# In a folder that it came to by a link, CMake takes the link's path for its
+# own, and refuses the build of another path.
+cd -P -- "$project"
 
 # ---- One run at a time in a tree ----
 

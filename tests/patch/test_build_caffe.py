@@ -171,6 +171,20 @@ def test_tests_are_only_ours(world, tree):
     assert "--parallel 3 --target all test.testbin" in calls
 
 
+def test_by_way_of_a_link(world, tree):
+    """CMake gets the paths, and the working folder, without the link."""
+    pycaffe_works(tree)
+    (world.folder / "link").symlink_to(world.project)
+    with open(world.bin / "cmake", "a") as file:
+        file.write('pwd >> "$STATE/cmake.log"\n')
+    _, env = world.command()
+    link = world.folder / "link"
+    subprocess.run([link / "cmake/build_caffe.sh"], check=True, cwd=link,
+                   env=dict(env, PWD=str(link)), stdout=subprocess.DEVNULL)
+    assert "link" not in world.cmake_calls()
+    assert f"\n{world.project}\n" in world.cmake_calls()
+
+
 def test_a_build_that_fails(world, tree):
     (world.state / "broken").touch()
     out = world.run(status=1)

@@ -123,7 +123,7 @@ packages=(
   protobuf-compiler libgoogle-glog-dev libgflags-dev libhdf5-dev liblmdb-dev
   libleveldb-dev libsnappy-dev libopenblas-dev libopencv-dev python3-dev
   python3-numpy python3-protobuf python3-skimage python3-matplotlib
-  python3-pydot ca-certificates)
+  python3-pydot python3-six ca-certificates)
 # A tree that is there needs no clone.
 [[ -e $root ]] || packages+=(git)
 
@@ -187,7 +187,7 @@ print(sysconfig.get_paths()["include"])' 2> /dev/null) || headers=
         > /dev/null 2>&1 ||
       echo "${pair#*=} with its header ${pair%%=*}"
   done
-  for program in numpy google.protobuf skimage; do
+  for program in numpy google.protobuf skimage six; do
     "$python" -c "import $program" 2> /dev/null ||
       echo "the Python module $program for $python"
   done

@@ -379,7 +379,8 @@ def test_installs_what_is_missing(world, tree):
     install, = [line.split() for line in
                 (world.state / "apt.log").read_text().splitlines()
                 if " install " in line]
-    assert {"cargo-web", "rustc-web", "libopencv-dev"} <= set(install)
+    assert {"cargo-web", "rustc-web", "libopencv-dev", "python3-six"} <= set(
+        install)
     assert not {"cmake", "make", "g++", "cargo"} & set(install)
 
 

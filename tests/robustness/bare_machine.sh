@@ -107,6 +107,8 @@ in_system() {
   # shellcheck disable=SC2016  # the inner shell's
   apart bash -c '
     set -e
+    # Itself a mount, it can be the root of namespaces that a test makes.
+    mount --bind "$1" "$1"
     mount --rbind /dev "$1/dev"
     mount -t proc proc "$1/proc"
     mount --bind "$2" "$1/var/cache/apt/archives"

@@ -175,6 +175,7 @@ for stage in "${stages[@]}"; do
   say "$stage"
   start=$SECONDS
   log=$work/$stage.log
+  why=''
   rm -f -- "$work/why"
   status=0
   # A stage is a pipeline's part, and so a subshell: what it exports, and a

@@ -91,9 +91,10 @@ done
 # apart COMMAND...: runs a command with mounts and processes of its own.
 # Whatever ends this script takes all of them away: the kernel ends unshare,
 # unshare its child, and that, being pid 1 of its namespace, all the others.
-# In the background, so that a signal to this script need not wait.
+# In the background, so that a signal to this script need not wait; there, bash
+# would have Ctrl-C ignored, by all that is started.
 apart() {
-  (exec setpriv --pdeathsig KILL \
+  (exec env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
     unshare --mount --pid --fork --kill-child --mount-proc "$@") &
   wait "$!"
 }

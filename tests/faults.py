@@ -9,9 +9,10 @@ import subprocess
 import pytest
 
 # Takes the place of every program on a PATH. Each call, or each of the program
-# that $CALLS/of names, adds a byte to $CALLS/count; number $CALLS/at sends the signal $CALLS/signal to all of
-# the script instead, which is its process group and what `timeout` put into
-# another one. The program itself is $CALLS/real/NAME.
+# that $CALLS/of names, adds a byte to $CALLS/count; number $CALLS/at sends the
+# signal $CALLS/signal to all of the script instead, which is its process group
+# and what `timeout` put into another one. The program itself is
+# $CALLS/real/NAME.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -60,6 +61,11 @@ int main(int argc, char** argv) {
 """
 
 
+def hear_ctrl_c():
+    """What a shell starts in the background is deaf to it otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Killer:
     """Shims for programs, and scripts that they kill."""
 
@@ -89,7 +95,8 @@ class Killer:
         process = subprocess.Popen(
             [str(x) for x in command], env={**env, **self.env}, cwd="/",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            preexec_fn=hear_ctrl_c)
         # A program that outlives its script keeps the pipe open.
         try:
             out = process.communicate(timeout=120)[0]

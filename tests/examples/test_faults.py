@@ -9,10 +9,9 @@ import pytest
 
 from conftest import CAFFE_ROOT, ROOT, Tree
 from faults import Killer, which
-from mirror import Mirror
 from small_mnist import expect, small_mnist
 from test_get_mnist import NO_MIRROR, assert_in_place
-from test_training import mnist, quick  # noqa: F401
+from test_training import mnist, quick, quick_to_train  # noqa: F401
 
 PROGRAMS = ("apt-get", "awk", "bash", "cat", "cmp", "cp", "curl", "cut",
             "dirname", "env", "flock", "gzip", "head", "id", "mkdir", "mktemp",
@@ -138,13 +137,7 @@ def test_snapshots_that_are_cut_short(mnist):  # noqa: F811
 def small_tree(disk, tmp_path):
     """A tree on a small disk, with its mirror."""
     small = disk("size=24m")
-    tree = Tree(small.path / "a tree")
-    files = small_mnist(train=200, test=100)
-    expect(tree, files)
-    tree.replace("mnist/quick_solver.prototxt", test_iter=1, test_interval=10,
-                 display=5, max_iter=20, snapshot=10)
-    with Mirror(files) as mirror:
-        tree.env = {"MNIST_MIRRORS": mirror.url}
+    with quick_to_train(Tree(small.path / "a tree")) as tree:
         yield small, tree
 
 

@@ -1,4 +1,5 @@
 """The training scripts, with the built Caffe and little data."""
+import contextlib
 import os
 import re
 import signal
@@ -16,15 +17,21 @@ from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
 
-@pytest.fixture
-def mnist(tree):
-    """A tree that gets a small MNIST, and its quick net's schedule short."""
+@contextlib.contextmanager
+def quick_to_train(tree):
+    """Gives the tree a small MNIST, and its quick net a short schedule."""
     files = small_mnist(train=200, test=100)
     expect(tree, files)
     tree.replace("mnist/quick_solver.prototxt", test_iter=1, test_interval=10,
                  display=5, max_iter=20, snapshot=10)
     with Mirror(files) as mirror:
         tree.env = {"MNIST_MIRRORS": mirror.url}
+        yield tree
+
+
+@pytest.fixture
+def mnist(tree):
+    with quick_to_train(tree):
         yield tree
 
 

@@ -15,14 +15,14 @@ from test_training import mnist, quick, quick_to_train  # noqa: F401
 
 PROGRAMS = ("apt-get", "awk", "bash", "cat", "cmp", "cp", "curl", "cut",
             "dirname", "env", "flock", "gzip", "head", "id", "mkdir", "mktemp",
-            "mv", "od", "realpath", "rm", "sed", "sha256sum", "stat", "tail",
-            "tee")
+            "mv", "od", "realpath", "rm", "sed", "sha256sum", "sleep", "stat",
+            "tail", "tee")
 # Ends all of its script when the snapshot of iteration 10 is there, if a file
 # asks for it.
 CAFFE = """#!/bin/bash
-ask=%s/kill-in-training
-if [ ! -e "$ask" ]; then exec %s "$@"; fi
-%s "$@" &
+ask="%s/kill-in-training"
+if [ ! -e "$ask" ]; then exec "%s" "$@"; fi
+"%s" "$@" &
 while [ ! -e myexamples/mnist/quick_snapshot/quick_iter_10.solverstate ]; do
   sleep 0.01
 done

@@ -36,8 +36,8 @@ need_packages() {
   shift
   command -v apt-get >/dev/null ||
     die "$purpose needs what Debian calls $*: install it and run this again"
-  can_install || die "$purpose needs packages that only root can install.\
- Ask for
+  can_install || die "packages are missing for $purpose, and only root can\
+ install them. Ask for
   apt-get install --no-install-recommends $*"
   [ "$(id -u)" -eq 0 ] || as_root=(sudo)
   say "installing for $purpose: $*"
@@ -72,7 +72,7 @@ build_caffe() {
     command -v curl >/dev/null || missing+=(curl)
     if [ ${#missing[@]} -gt 0 ]; then
       [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)
-      need_packages "this" "${missing[@]}"
+      need_packages "the build and the images" "${missing[@]}"
     fi
   fi
   if [ -x "$CAFFE" ]; then

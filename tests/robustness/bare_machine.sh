@@ -229,7 +229,7 @@ for suite in "${suites[@]}"; do
       result=FAILED
       closing+=", a stage SKIPPED"
     fi
-    [ -z "$as_user" ] || closing+=", asked $asked times for packages"
+    [ -z "$as_user" ] || closing+=", asked for packages: $asked"
     if [ "$result" = FAILED ]; then
       whole=
       closing+="; see $(rel "$log")"

@@ -19,7 +19,7 @@ tests/run.sh was left out.
           made anything.
 
 It needs root, a Debian whose package lists are there, as it takes the mirror
-from them, 5 GB of disk and, on two cores, half an hour a suite. The systems
+from them, some GB of disk and, on two cores, some 20 minutes a suite. The systems
 are in build/bare/SUITE, in which nothing stays mounted; that of a suite that
 passed is removed. The logs stay in build/bare, the packages' files in
 build/bare/archives.

@@ -480,7 +480,7 @@ discard_half_written() {
   # protoc's files are whole if they were compiled.
   for file in "$build"/include/caffe/proto/*.pb.cc; do
     [[ -n $(find "$build" -name "${file##*/}.o" -newer "$file") ]] ||
-      rm -f -- "${file%.cc}.cc" "${file%.cc}.h" "${file%.pb.cc}_pb2.py"
+      rm -f -- "$file" "${file%.cc}.h" "${file%.pb.cc}_pb2.py"
   done
   # Links are quick: CMake writes these files anew, and Make links again.
   find "$build" -name link.txt -delete

@@ -140,7 +140,8 @@ cmake --build "$out/caffe" --parallel "$jobs" --target caffe.bin test.testbin \
 "${CXX:-g++}" -O2 -std=gnu++17 -Wno-deprecated-declarations \
     "-I$root/include" "-I$out/caffe/include" "-I$toolkit/include" \
     -o "$out/caffe/gpu_check" "$here/gpu_check.cpp" "-L$out/caffe/lib" \
-    -lcaffe "${cudnn_check[@]}" -lprotobuf -lglog -lgflags -lboost_system -lboost_thread \
+    -lcaffe "${cudnn_check[@]}" \
+    -lprotobuf -lglog -lgflags -lboost_system -lboost_thread \
     "-L$toolkit/lib64" -lcudart -lpthread "${link[0]}" \
     "-Wl,-rpath-link,$toolkit/lib64" >> "$log" 2>&1 ||
   failed "tests/gpu/gpu_check.cpp did not build"
@@ -158,9 +159,9 @@ cp -L -- "$out"/caffe/lib/libcaffe.so.* "$part/lib/"
 
 # What the loader finds for the programs: CUDA's large libraries are the host's
 # business; those of the C library are for hosts with an older one.
-libraries=$(
-  LD_LIBRARY_PATH=$part/lib:$toolkit/lib64:$out/blas${cudnn_library:+:${cudnn_library%/*}} \
-    ldd "$part"/bin/*)
+search=$part/lib:$toolkit/lib64:$out/blas
+if [[ $cudnn_library ]]; then search+=:${cudnn_library%/*}; fi
+libraries=$(LD_LIBRARY_PATH=$search ldd "$part"/bin/*)
 ! grep 'not found' <<< "$libraries" >&2 ||
   die "these libraries of Caffe's are not found"
 : > "$part/cuda_libraries"

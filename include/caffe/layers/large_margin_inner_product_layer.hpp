@@ -69,16 +69,14 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
     return bottom_index != 1;
   }
 
-  /// @brief Writes the layer with its present iteration, for Resume.
+  /// @brief Writes the layer with the passes behind it, for Resume.
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
   /**
-   * @brief Continues the descent of lambda after `iteration` forward passes;
-   *        after those of the layer's parameter where they are more.
+   * @brief Continues the descent of lambda after `passes` forward passes in
+   *        all; after those of the layer's parameter where they are more.
    */
-  void Resume(int iteration);
-  /// @brief Continues `passes` forward passes after the parameter's iteration.
-  void ResumeAfter(int passes);
+  void Resume(int64_t passes);
 
  protected:
   /**

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -242,19 +241,13 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
     bool write_diff) {
   Layer<Dtype>::ToProto(param, write_diff);
-  param->mutable_largemargin_inner_product_param()->set_iteration(
-      state_->rust->iteration());
+  param->mutable_largemargin_inner_product_param()->set_passes(
+      state_->rust->passes());
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::Resume(int iteration) {
-  state_->rust->resume(iteration);
-  LogResume();
-}
-
-template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::ResumeAfter(int passes) {
-  state_->rust->resume_after(passes);
+void LargeMarginInnerProductLayer<Dtype>::Resume(int64_t passes) {
+  state_->rust->resume(passes);
   LogResume();
 }
 
@@ -262,7 +255,7 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::LogResume() const {
   LOG_IF(INFO, Caffe::root_solver()) << type() << " layer '"
       << this->layer_param_.name() << "' resumes after iteration "
-      << state_->rust->iteration() << ", lambda = " << state_->rust->lambda();
+      << state_->rust->passes() << ", lambda = " << state_->rust->lambda();
 }
 
 template <typename Dtype>
@@ -288,19 +281,18 @@ void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
     for (int i = 0; i < model.layer_size(); ++i) {
       const LayerParameter& saved = model.layer(i);
       if (layers.count(saved.name())
-          && saved.largemargin_inner_product_param().has_iteration()) {
+          && saved.largemargin_inner_product_param().has_passes()) {
         layers[saved.name()]->Resume(
-            saved.largemargin_inner_product_param().iteration());
+            saved.largemargin_inner_product_param().passes());
         layers.erase(saved.name());
       }
     }
   }
   // What no model tells: HDF5 snapshots, and those of the original layer.
   const int64_t passes = static_cast<int64_t>(iter) * iter_size;
-  const int64_t most = std::numeric_limits<int>::max();
   for (typename std::map<string, MarginLayer*>::iterator it = layers.begin();
       it != layers.end(); ++it) {
-    it->second->ResumeAfter(static_cast<int>(std::min(passes, most)));
+    it->second->Resume(passes);
   }
 }
 

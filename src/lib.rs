@@ -15,6 +15,7 @@
 //!   [`vector`] the loops over one sample's features.
 //! - [`batch_norm`]: the batch normalisation layer.
 //! - `cuda` (feature `cuda`): devices, kernels and launches.
+//! - [`pool`]: the threads of the CPU layers.
 //! - [`dtype`], [`error`]: Caffe's two element types, and what a layer refuses.
 
 pub mod batch_norm;
@@ -27,5 +28,6 @@ pub mod gemm;
 pub mod large_margin;
 pub mod margin;
 pub mod param;
+pub mod pool;
 pub mod schedule;
 pub mod vector;

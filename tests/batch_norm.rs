@@ -392,23 +392,6 @@ fn only_gradients_that_are_wanted_are_touched() {
 }
 
 #[test]
-fn the_number_of_threads_changes_nothing() {
-    // A chunk is some samples; a part of a sample; one chunk.
-    for dims in [[64, 48, 100], [1, 24, 12000], [1500, 300, 1], [5, 4, 3]] {
-        let p = Problem::random(11, dims);
-        let in_pool = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            let pool = pool.build().unwrap();
-            pool.install(|| (p.run::<f32>(Train), p.run_in_place::<f32>(Train)))
-        };
-        let one = in_pool(1);
-        for threads in [2, 3, 8] {
-            assert_eq!(in_pool(threads), one, "{dims:?}, {threads} threads");
-        }
-    }
-}
-
-#[test]
 fn a_mean_that_dwarfs_the_deviation_costs_no_accuracy() {
     for dims in [[50, 2, 1], [50, 2, 9], [20, 2, 100], [3, 2, 20_000]] {
         let mut p = Problem::random(5, dims);

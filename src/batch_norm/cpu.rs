@@ -21,11 +21,10 @@
 use std::array;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{BatchNorm, Shape, Statistics};
 use crate::dtype::Dtype;
 use crate::error::Result;
+use crate::pool;
 use crate::vector::with_avx2;
 
 /// Independent partial sums: four AVX2 registers of f64.
@@ -62,8 +61,6 @@ struct Cut {
     channels: usize,
     /// Values of a chunk; the last may have fewer.
     len: usize,
-    /// Whether there is more than one chunk.
-    parallel: bool,
 }
 
 impl Cut {
@@ -83,7 +80,6 @@ impl Cut {
             samples,
             channels,
             len,
-            parallel: shape.count() > len,
         }
     }
 
@@ -142,15 +138,11 @@ impl BatchNorm {
         }
 
         let Scratch { cut, sums } = &mut self.scratch;
-        let chunk = |(x, sums): (&[T], &mut [Pair])| moments(x, shape.positions, sums);
-        if cut.parallel {
-            bottom
-                .par_chunks(cut.len)
-                .zip(sums.par_chunks_mut(cut.channels))
-                .for_each(chunk);
-        } else {
-            chunk((bottom, sums));
-        }
+        let chunks = bottom
+            .chunks(cut.len)
+            .zip(sums.chunks_mut(cut.channels))
+            .collect();
+        pool::for_each(chunks, |(x, sums)| moments(x, shape.positions, sums));
 
         let (total, rest) = sums.split_at_mut(shape.channels);
         let of_set = (cut.samples * shape.positions) as f64;
@@ -256,7 +248,13 @@ impl BatchNorm {
             return;
         }
         let cut = self.scratch.cut;
-        let chunk = |i: usize, data: &mut [T], x_hat: Option<&mut [T]>| {
+        let mut kept = x_hat.map(|x_hat| x_hat.chunks_mut(cut.len));
+        let chunks = data
+            .chunks_mut(cut.len)
+            .enumerate()
+            .map(|(i, data)| (i, data, kept.as_mut().and_then(Iterator::next)))
+            .collect();
+        pool::for_each(chunks, |(i, data, x_hat): (usize, &mut [T], _)| {
             let c = cut.channels(i, shape.channels);
             let pass = Normalize {
                 statistics: &self.statistics[c.clone()],
@@ -267,19 +265,7 @@ impl BatchNorm {
                 x_hat,
             };
             normalize(pass, shape.positions);
-        };
-        match x_hat {
-            x_hat if !cut.parallel => chunk(0, data, x_hat),
-            None => data
-                .par_chunks_mut(cut.len)
-                .enumerate()
-                .for_each(|(i, data)| chunk(i, data, None)),
-            Some(x_hat) => data
-                .par_chunks_mut(cut.len)
-                .zip(x_hat.par_chunks_mut(cut.len))
-                .enumerate()
-                .for_each(|(i, (data, x_hat))| chunk(i, data, Some(x_hat))),
-        }
+        });
     }
 
     /// The backward pass of the last forward pass, on the same `bottom` and
@@ -363,19 +349,16 @@ impl BatchNorm {
 
         let Scratch { cut, sums } = &mut self.scratch;
         let statistics = &self.statistics;
-        let chunk = |(i, (top, sums)): (usize, (&[T], &mut [Pair]))| {
+        let chunks = top
+            .chunks(cut.len)
+            .zip(sums.chunks_mut(cut.channels))
+            .enumerate()
+            .collect();
+        pool::for_each(chunks, |(i, (top, sums)): (usize, (&[T], &mut [Pair]))| {
             let statistics = &statistics[cut.channels(i, shape.channels)];
             let x = x.part(cut.values(i, top.len()));
             gradient_sums(top, x, statistics, shape.positions, sums);
-        };
-        if cut.parallel {
-            top.par_chunks(cut.len)
-                .zip(sums.par_chunks_mut(cut.channels))
-                .enumerate()
-                .for_each(chunk);
-        } else {
-            chunk((0, (top, sums)));
-        }
+        });
 
         let (total, rest) = sums.split_at_mut(shape.channels);
         for set in rest.chunks(shape.channels) {
@@ -407,7 +390,8 @@ impl BatchNorm {
             return;
         }
         let Scratch { cut, sums } = &self.scratch;
-        let chunk = |(i, diff): (usize, &mut [T])| {
+        let chunks = diff.chunks_mut(cut.len).enumerate().collect();
+        pool::for_each(chunks, |(i, diff): (usize, &mut [T])| {
             let c = cut.channels(i, shape.channels);
             let values = cut.values(i, diff.len());
             let from = from.map(|from| &from[values.clone()]);
@@ -432,12 +416,7 @@ impl BatchNorm {
                 };
                 pass_down_by_moving(pass, shape.positions);
             }
-        };
-        if cut.parallel {
-            diff.par_chunks_mut(cut.len).enumerate().for_each(chunk);
-        } else {
-            chunk((0, diff));
-        }
+        });
     }
 }
 

@@ -218,6 +218,8 @@ def test_more_than_2_to_the_31_elements(tmp_path, features, classes, words):
     ("ignore_label: 3000000000", ["3000000000"]),
     ("ignore_label: 2.5", ["Expected integer", "2.5"]),
     ("base: ten", ["ten"]),
+    # A comment as the authors' README writes it.
+    ("margin: 4 // four", ["Expected identifier", "/"]),
 ])
 def test_text_that_protobuf_refuses(tmp_path, param, words):
     write_net(tmp_path, DATA + margin_net(param))
@@ -510,6 +512,18 @@ def test_snapshot_of_an_inner_product_with_bias(tmp_path):
     model, _ = snapshot(tmp_path, DATA + IP1 + biased + LOSS)
     load_fails(tmp_path, DATA + margin_net(), "--weights=" + model,
                "layer ip2", "number of blobs")
+
+
+def test_a_test_layer_with_bias(tmp_path):
+    """InnerProduct has a bias unless it is told otherwise."""
+    phase = "include { phase: %s }"
+    biased = inner_product(phase % "TEST").replace("bias_term: false", "")
+    write_net(tmp_path, DATA + IP1 + margin_layer(
+        "margin: 4", tops=("ip2",), extra=phase % "TRAIN") + biased + LOSS)
+    solver = write_solver(tmp_path, test_iter=1, test_interval=5)
+    message = fatal_message([CAFFE, "train", "--solver=%s" % solver],
+                            tmp_path)
+    assert "Incompatible number of blobs for layer ip2" in message
 
 
 def test_snapshot_in_hdf5_of_another_shape(tmp_path):

@@ -113,6 +113,22 @@ def test_original_pattern_of_train_and_test_layers(data):
     assert float(accuracies[-1]) == 1
 
 
+def test_train_and_test_layers_as_the_readme_has_them(data):
+    blocks = re.findall(r"(?ms)^```\n(.*?)^```$",
+                        (ROOT / "README.md").read_text())
+    pair, = [block for block in blocks if "phase: TRAIN" in block
+             and "phase: TEST" in block]
+    assert pair.count('type: "LargeMarginInnerProduct"') == 2
+    net = (data_layer() + IP1 + pair.replace('"features"', '"ip1"') + LOSS
+           + ACCURACY.replace('top: "accuracy"',
+                              'top: "accuracy" include { phase: TEST }')
+           % "ip2")
+    log = train(data, net, max_iter=200, test_iter=2, test_interval=200)
+    assert not re.search(r"^W.*layer 'ip2'", log, re.M)
+    accuracies = re.findall(r"Test net output #\d+: accuracy = (\S+)", log)
+    assert float(accuracies[-1]) > 0.9 > float(accuracies[0])
+
+
 def test_a_test_layer_of_another_name_is_never_trained(data):
     """Caffe shares between nets by the layer's name, not the param's."""
     shared = 'param { name: "ip2" } include { phase: %s }'

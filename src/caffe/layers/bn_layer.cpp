@@ -42,7 +42,7 @@ struct BNLayer<Dtype>::State {
   State(const string& param, Phase phase)
       : rust(lsoftmax::new_batch_norm(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()),
-            phase == TRAIN)) {}
+            phase == TRAIN)), warned(false) {}
 
   // Returns the number of channels.
   int Reshape(const Blob<Dtype>* bottom) {
@@ -55,7 +55,20 @@ struct BNLayer<Dtype>::State {
     return sizes.channels;
   }
 
+  // A batch may have nothing to measure: said once, with what it does.
+  void WarnOfConstantChannel(const BNLayer<Dtype>& layer) {
+    const int channel = warned ? -1 : lsoftmax::constant_channel(*rust);
+    if (channel < 0) { return; }
+    warned = true;
+    LOG_IF(WARNING, Caffe::root_solver()) << layer.type() << " layer '"
+        << layer.layer_param().name() << "': all values of channel " << channel
+        << " of a batch are the same. Its variance is 0, and such batches move "
+        << "its moving inverse standard deviation, by which the TEST phase "
+        << "normalizes, towards 1 / sqrt(eps)";
+  }
+
   rust::Box<lsoftmax::BatchNorm> rust;
+  bool warned;
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
@@ -107,18 +120,28 @@ void BNLayer<Dtype>::LayerSetUp(const vector<Blob<Dtype>*>& bottom,
 
   // What forward passes move, or nothing may, is not the solver's; weight
   // decay would change even blobs that have no gradient.
+  string overruled;
   while (this->layer_param_.param_size() < kBlobs) {
     this->layer_param_.add_param();
   }
   for (int i = 0; i < kBlobs; ++i) {
     const bool moving = i == kMovingMean || i == kMovingInvStd;
-    const bool frozen = !moving && state_->rust->frozen();
+    if (!moving && !state_->rust->frozen()) { continue; }
     ParamSpec* spec = this->layer_param_.mutable_param(i);
-    if (frozen || (moving && !spec->has_lr_mult())) { spec->set_lr_mult(0); }
-    if (frozen || (moving && !spec->has_decay_mult())) {
-      spec->set_decay_mult(0);
+    if ((spec->has_lr_mult() && spec->lr_mult() != 0)
+        || (spec->has_decay_mult() && spec->decay_mult() != 0)) {
+      overruled += (overruled.empty() ? "" : ", ") + string(kBlobNames[i]);
     }
+    spec->set_lr_mult(0);
+    spec->set_decay_mult(0);
   }
+  // The solver does not look at the multipliers of a test net.
+  LOG_IF(WARNING, !overruled.empty() && this->phase_ == TRAIN
+      && Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "': lr_mult and decay_mult in the param "
+      << "of its " << overruled << " are taken as 0: the solver does not "
+      << "move " << (state_->rust->frozen() ? "what is frozen"
+          : "the moving statistics, forward passes do");
 }
 
 template <typename Dtype>
@@ -166,6 +189,7 @@ void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   if (in_place && KeepsXHat()) { pass.x_hat = MutableData(&x_hat_); }
   try {
     lsoftmax::forward(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -227,6 +251,7 @@ void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
   pass.scratch = state_->scratch.gpu_data();
   try {
     lsoftmax::forward_gpu(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }

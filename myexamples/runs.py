@@ -11,11 +11,38 @@ import caffe_log
 import caffe_proto
 from caffe_proto import ROOT, UserError
 
+DESCENT = ("base", "gamma", "power", "lambda_min")
+
+
+def from_root(path):
+    """path as Caffe is given it: from the root, where it is below that.
+
+    A finished run stays one when its project moves.
+    """
+    path = os.path.abspath(path)
+    inside = os.path.relpath(path, ROOT)
+    return path if inside.startswith(os.pardir) else inside
+
+
+def read_or_none(path):
+    """The text of a file, or None where there is none."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
 
 class Run:
-    """One variant: margin m and random_seed in the folder path."""
+    """One variant: margin m and random_seed, in the folder path.
 
-    def __init__(self, pb, solver_path, path, margin, seed):
+    descent maps fields of DESCENT to the values that the net gets in place of
+    its own; m = 1 has no descent. sources maps LMDBs that the net names to
+    those that it gets.
+    """
+
+    def __init__(self, pb, solver_path, path, margin, seed, descent=None,
+                 sources=None):
         self.path, self.margin, self.seed = path, margin, seed
         self.log = os.path.join(path, "train.log")
         self.solver, self.net = caffe_proto.read_solver(pb, solver_path)
@@ -26,35 +53,77 @@ class Run:
             raise UserError("the net of %s has %d LargeMarginInnerProduct "
                             "layers in the TRAIN phase; it must have one"
                             % (solver_path, len(layers)))
-        layers[0].largemargin_inner_product_param.margin = margin
+        param = layers[0].largemargin_inner_product_param
+        if margin == 1:
+            # Without a descent, so that no other one makes it another net.
+            descent = {"base": 0}
+        if descent is not None:
+            for field in DESCENT:
+                param.ClearField(field)
+            for field, value in descent.items():
+                setattr(param, field, value)
+            caffe_proto.check_schedule(layers[0].name, param)
+        param.ClearField("type")
+        param.margin = margin
+        self.replace_sources(sources or {}, solver_path)
         for field in ("net", "train_net", "net_param", "train_net_param",
                       "snapshot"):
             self.solver.ClearField(field)
-        self.solver.net = os.path.join(path, "net.prototxt")
-        self.solver.snapshot_prefix = os.path.join(path, "model")
+        inside = from_root(path)
+        self.solver.net = os.path.join(inside, "net.prototxt")
+        self.solver.snapshot_prefix = os.path.join(inside, "model")
         self.solver.random_seed = seed
         self.solver.solver_mode = pb.SolverParameter.CPU
-        self.model = "%s_iter_%d.caffemodel" % (
-            self.solver.snapshot_prefix, self.solver.max_iter)
+        self.model = os.path.join(
+            path, "model_iter_%d.caffemodel" % self.solver.max_iter)
+
+    def replace_sources(self, sources, solver_path):
+        """Gives the data layers other LMDBs."""
+        for old, new in sources.items():
+            layers = [layer for layer in self.net.layer
+                      if layer.data_param.source == old]
+            if not layers:
+                raise UserError("the net of %s has no data layer that reads "
+                                "%s" % (solver_path, old))
+            for layer in layers:
+                layer.data_param.source = new
 
     def texts(self):
         """The prototxts of the run, by path."""
         from google.protobuf import text_format
-        return {self.solver.net: text_format.MessageToString(self.net),
+        return {os.path.join(self.path, "net.prototxt"):
+                    text_format.MessageToString(self.net),
                 os.path.join(self.path, "solver.prototxt"):
                     text_format.MessageToString(self.solver)}
 
+    def dataset(self):
+        """The name of the images that it is trained on; "" if unknown."""
+        for layer in self.net.layer:
+            if layer.data_param.source:
+                name = read_or_none(os.path.join(
+                    ROOT, layer.data_param.source, "dataset.txt"))
+                return (name or "").strip()
+        return ""
+
     def is_done(self):
-        """Whether these very prototxts were trained to the end."""
-        for path, text in self.texts().items():
-            try:
-                with open(path) as file:
-                    if file.read() != text:
-                        return False
-            except OSError:
-                return False
-        return (os.path.exists(os.path.join(self.path, "done"))
-                and os.path.exists(self.model))
+        """Whether these very prototxts were trained to the end.
+
+        Raises UserError where the folder has another finished run: that is
+        not for this one to overwrite.
+        """
+        images = read_or_none(os.path.join(self.path, "done"))
+        if images is None:
+            return False
+        if any(read_or_none(path) != text
+               for path, text in self.texts().items()):
+            raise UserError("%s has a finished run of another net or solver: "
+                            "move it away, or name another folder with -o"
+                            % from_root(self.path))
+        if images.strip() and images.strip() != self.dataset():
+            raise UserError("%s was trained on %s: move it away to train on "
+                            "%s" % (from_root(self.path), images.strip(),
+                                    self.dataset() or "other images"))
+        return os.path.exists(self.model)
 
     def start(self, caffe):
         """The process that trains the net."""
@@ -84,7 +153,8 @@ class Run:
         if caffe_log.is_diverged(history.train[-1].values["loss"]):
             print("warning: m = %d, seed %d diverged"
                   % (self.margin, self.seed), flush=True)
-        open(os.path.join(self.path, "done"), "w").close()
+        with open(os.path.join(self.path, "done"), "w") as file:
+            file.write(self.dataset() + "\n")
 
     def history(self):
         """What the log says."""

@@ -33,7 +33,12 @@ def parse_args():
     parser.add_argument("-j", "--jobs", type=int, metavar="N",
                         default=os.cpu_count(),
                         help="nets trained at once (default: one a core)")
-    return parser.parse_args()
+    parser.add_argument("-s", "--seeds", type=int, default=3, metavar="N",
+                        help="runs of each margin (default: 3)")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error("seeds and jobs are at least 1")
+    return args
 
 
 def load_pycaffe():
@@ -98,15 +103,16 @@ def draw(panels, title):
 def run_all(args):
     pb = caffe_proto.load()
     output = os.path.abspath(args.output)
-    all_runs = [runs.Run(pb, args.solver, os.path.join(output, "m%d" % m), m,
-                         seed=1) for m in MARGINS]
+    all_runs = [runs.Run(pb, args.solver, os.path.join(
+        output, "m%d_seed%d" % (m, seed)), m, seed)
+        for seed in range(1, args.seeds + 1) for m in MARGINS]
     runs.train_all(all_runs, args.jobs)
     caffe = load_pycaffe()
     figure = draw([(run.margin, run.accuracy()) + test_features(caffe, run)
-                   for run in all_runs], args.title)
+                   for run in all_runs if run.seed == 1], args.title)
     png = os.path.join(output, "features.png")
     figure.savefig(png, dpi=100)
-    for run in all_runs:
+    for run in all_runs[:len(MARGINS)]:
         print("m = %d: test accuracy %.4f, model %s" % (
             run.margin, run.accuracy(), run.model))
     print("plot: %s" % png)

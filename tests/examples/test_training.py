@@ -3,6 +3,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -24,6 +25,8 @@ def quick_to_train(tree):
     expect(tree, files)
     tree.replace("mnist/quick_solver.prototxt", test_iter=1, test_interval=10,
                  display=5, max_iter=20, snapshot=10)
+    tree.replace("mnist/compare_solver.prototxt", test_iter=1,
+                 test_interval=4, display=2, max_iter=4)
     with Mirror(files) as mirror:
         tree.env = {"MNIST_MIRRORS": mirror.url}
         yield tree
@@ -217,6 +220,62 @@ def test_comparison(mnist):
     assert "3 of 4 runs are done already" in again.stdout
     assert "1/1: m = 3, seed 2: test accuracy" in again.stdout
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+
+
+def cut(path, record):
+    """The items of an idx file as one byte string each."""
+    data = path.read_bytes()
+    count = int.from_bytes(data[4:8], "big")
+    head = len(data) - count * record
+    assert head in (8, 16)
+    return [data[head + i * record:head + (i + 1) * record]
+            for i in range(count)]
+
+
+def records(lmdb, caffe_root):
+    """The (label, pixels) of an LMDB in their order, as Caffe reads them."""
+    code = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1] + "/python")
+import caffe
+net = caffe.Net(sys.argv[2], caffe.TEST)
+out = []
+for _ in range(int(sys.argv[3])):
+    net.forward()
+    out.append(bytes([int(net.blobs["label"].data[0])])
+               + net.blobs["data"].data.astype(np.uint8).tobytes())
+sys.stdout.buffer.write(b"".join(out))
+"""
+    net = lmdb.parent / "read.prototxt"
+    net.write_text("""layer { name: "data" type: "Data" top: "data" top: "label"
+        data_param { source: "%s" batch_size: 1 backend: LMDB } }""" % lmdb)
+    count = {"mnist_fit_lmdb": 167, "mnist_validation_lmdb": 33}[lmdb.name]
+    # One more: a data layer begins again after the last image.
+    raw = subprocess.run(
+        ["/usr/bin/python3", "-c", code, caffe_root, str(net),
+         str(count + 1)], env=dict(os.environ, GLOG_minloglevel="2"),
+        stdout=subprocess.PIPE, check=True, timeout=60).stdout
+    found = [raw[i:i + 785] for i in range(0, len(raw), 785)]
+    assert found.pop() == found[0]
+    return found
+
+
+def test_validation_is_the_last_sixth_of_the_training_images(mnist,
+                                                             caffe_root):
+    done = mnist.run("mnist/compare_margins.sh", "--validation", "-m", "1",
+                     "2", "--seeds", "1", env=mnist.env)
+    assert done.returncode == 0, done.stdout
+    here = mnist.path("mnist")
+    images = cut(here / "data/train-images-idx3-ubyte", 784)
+    labels = cut(here / "data/train-labels-idx1-ubyte", 1)
+    whole = [label + image for label, image in zip(labels, images)]
+    assert records(here / "mnist_fit_lmdb", caffe_root) == whole[:167]
+    assert records(here / "mnist_validation_lmdb", caffe_root) == whole[167:]
+    net = (here / "comparison/validation/m2_seed1/net.prototxt").read_text()
+    assert re.findall(r"mnist/mnist_\w+", net) == [
+        "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
+    assert not (here / "comparison/m2_seed1").exists()
+    assert not (here / "validation.new").exists()
 
 
 def test_2d_features(mnist):

@@ -3,6 +3,7 @@
 A run that came to its end is kept: run again, only the missing ones train.
 """
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -147,7 +148,8 @@ class Run:
     def finish(self, status):
         """Keeps the run, or says why it failed."""
         history = self.history()
-        if status != 0 or not history.test:
+        if (status != 0 or not history.test or not history.train
+                or not os.path.exists(self.model)):
             raise UserError("the training in %s failed (status %d); its log "
                             "is %s" % (self.path, status, self.log))
         if caffe_log.is_diverged(history.train[-1].values["loss"]):
@@ -171,6 +173,23 @@ class Run:
         return self.history().accuracies()[1][-1]
 
 
+class Left:
+    """The time that all runs still take, from what they have done so far."""
+
+    def __init__(self, iterations):
+        self.iterations, self.ended = iterations, 0
+        self.start = time.monotonic()
+
+    def text(self, running):
+        """The time left, after running iterations of unfinished runs."""
+        done = self.ended + running
+        if not done:
+            return ""
+        passed = time.monotonic() - self.start
+        return "; %s left" % caffe_log.duration(
+            passed / done * (self.iterations - done))
+
+
 class Progress:
     """The state of all runs: one line that stays, or one now and then."""
 
@@ -179,13 +198,21 @@ class Progress:
         self.shown = time.monotonic()
 
     def show(self, text):
+        """Shows what text() returns, if it is time to."""
         if time.monotonic() - self.shown < self.every:
             return
         self.shown = time.monotonic()
         if sys.stdout.isatty():
-            print("\r\033[K" + text, end="", flush=True)
+            # A line that is broken cannot be taken back.
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\033[K" + text()[:width], end="", flush=True)
         else:
-            print(text, flush=True)
+            print(text(), flush=True)
+
+    def clear(self):
+        """Takes the line away that stays."""
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
 
     def say(self, text):
         """A line of its own."""
@@ -205,6 +232,7 @@ def train_all(runs, jobs):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)
     total, finished, active = len(waiting), 0, {}
+    left = Left(sum(run.solver.max_iter for run in waiting))
     progress = Progress()
     try:
         while waiting or active:
@@ -218,14 +246,17 @@ def train_all(runs, jobs):
                 del active[run]
                 run.finish(process.returncode)
                 finished += 1
+                left.ended += run.solver.max_iter
                 progress.say("%d/%d: m = %d, seed %d: test accuracy %.4f" % (
                     finished, total, run.margin, run.seed, run.accuracy()))
             if active:
-                progress.show("    " + ", ".join(
+                progress.show(lambda: "    %s%s" % (", ".join(
                     "m = %d, seed %d: %d/%d" % (
                         run.margin, run.seed, run.iteration(),
-                        run.solver.max_iter) for run in active))
+                        run.solver.max_iter) for run in active), left.text(
+                            sum(run.iteration() for run in active))))
     finally:
+        progress.clear()
         for process in active.values():
             process.terminate()
         for process in active.values():

@@ -4,16 +4,20 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import ROOT
 from mirror import Mirror
 from small_mnist import expect, small_mnist
 from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
     pack
+
+sys.path.insert(0, os.path.join(ROOT, "myexamples", "mnist"))
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
@@ -199,27 +203,102 @@ def test_old_path_of_the_cifar10_plus_net(tree):
     assert tree.path("cifar10+/14").samefile(tree.path("cifar10+/model"))
 
 
+def compare(mnist, *args):
+    return mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
+
+
 def test_comparison(mnist):
     args = ["-m", "1", "3", "--seeds", "2", "-j", "2"]
-    done = mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
+    done = compare(mnist, *args)
     assert done.returncode == 0, done.stdout
-    rows = re.findall(r"^\| (\d) \| (\S+) \| (\S+) \| (\S+) (\S+) \|$",
-                      done.stdout, re.M)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in done.stdout.splitlines()
+            if re.match(r"\| \d \|", line)]
     assert [row[0] for row in rows] == ["1", "3"]
-    for _, mean, deviation, *errors in rows:
-        errors = np.array(errors, float)
-        assert float(mean) == pytest.approx(errors.mean(), abs=0.006)
-        assert float(deviation) == pytest.approx(errors.std(ddof=1), abs=0.01)
+    errors = [np.array(row[6].split(), float) for row in rows]
+    for row, values in zip(rows, errors):
+        assert float(row[1]) == pytest.approx(values.mean(), abs=0.006)
+        assert float(row[2]) == pytest.approx(values.std(ddof=1), abs=0.01)
+    assert rows[0][3:6] == ["-", "-", "-"]
+    assert float(rows[1][3]) == pytest.approx(
+        (errors[1] - errors[0]).mean(), abs=0.01)
+    plot = done.stdout.splitlines()[-1].split("plot: ", 1)[1]
+    assert Image.open(plot).size == (900, 400)
     folder = mnist.path("mnist/comparison/m3_seed2")
-    assert "margin: 3" in (folder / "net.prototxt").read_text()
+    assert plot == str(folder.parent / "comparison.png")
+    net = (folder / "net.prototxt").read_text()
+    assert "margin: 3" in net and "gamma: 0.01" in net
     assert "random_seed: 2" in (folder / "solver.prototxt").read_text()
 
     # One run undone: only that one trains again, to the same result.
     (folder / "done").unlink()
-    again = mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
+    again = compare(mnist, *args)
     assert "3 of 4 runs are done already" in again.stdout
     assert "1/1: m = 3, seed 2: test accuracy" in again.stdout
-    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
+
+    # Another descent: softmax has none, so its runs count there too.
+    gamma = compare(mnist, *args, "--gamma", "0.02")
+    assert "2 of 4 runs are done already" in gamma.stdout
+    other = mnist.path("mnist/comparison/m3_seed2_gamma0.02/net.prototxt")
+    assert "gamma: 0.02" in other.read_text()
+    assert gamma.stdout.splitlines()[-1].endswith("comparison_gamma0.02.png")
+    assert "4 of 4 runs are done already" in compare(mnist, *args).stdout
+
+    # In a tree that moved, all of them are still the same.
+    moved = mnist.root.parent / "moved"
+    mnist.root.rename(moved)
+    mnist.root = moved
+    assert "4 of 4 runs are done already" in compare(mnist, *args).stdout
+
+    # Other images, another solver: no finished run is lost to them.
+    before = (moved / "myexamples/mnist/comparison/m1_seed1/train.log"
+              ).read_text()
+    dataset = mnist.path("mnist/mnist_train_lmdb/dataset.txt")
+    name = dataset.read_text()
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    refused = compare(mnist, *args)
+    assert refused.returncode == 1
+    assert "error: myexamples/mnist/comparison/m1_seed1 was trained on " \
+        "%s: move it away to train on Others" % name.strip() in refused.stdout
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text(name)
+    mnist.replace("mnist/compare_solver.prototxt", base_lr=0.01)
+    refused = compare(mnist, *args)
+    assert refused.returncode == 1
+    assert "m1_seed1 has a finished run of another net or solver" \
+        in refused.stdout
+    assert mnist.path("mnist/comparison/m1_seed1/train.log").read_text() \
+        == before
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
+    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["--solver", "none.prototxt"], "cannot read none.prototxt"),
+])
+def test_comparison_of_nonsense(tree, args, message):
+    done = tree.run("mnist/compare_margins.py", *args)
+    assert done.returncode != 0
+    assert message in done.stdout and "Traceback" not in done.stdout
+    assert not tree.path("mnist/comparison").exists()
+
+
+def test_paired_difference_and_its_interval():
+    """By the book: mean 0.1, sd 0.1, n = 4, t(0.975, 3) = 3.1824."""
+    from compare_margins import Result
+    softmax = [1.0, 2.0, 3.0, 4.0]
+    found = Result(2, [1.0, 2.2, 3.1, 4.1], softmax)
+    half = 3.18245 * np.std([0, 0.2, 0.1, 0.1], ddof=1) / 2
+    assert found.difference == pytest.approx(0.1)
+    assert found.interval == pytest.approx((0.1 - half, 0.1 + half),
+                                           abs=1e-5)
+    # Their t is 2.449 with 3 degrees of freedom.
+    assert found.p == pytest.approx(0.0917, abs=1e-3)
+    # The same difference in each: there is no spread to judge by.
+    assert Result(2, [1.5, 2.5], [1.0, 2.0]).interval is None
+    assert Result(2, [1.5], [1.0]).interval is None
 
 
 def cut(path, record):

@@ -17,7 +17,8 @@ from small_mnist import expect, small_mnist
 from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
     pack
 
-sys.path.insert(0, os.path.join(ROOT, "myexamples", "mnist"))
+for folder in ("mnist", "mnist_2d"):
+    sys.path.insert(0, os.path.join(ROOT, "myexamples", folder))
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
@@ -360,10 +361,53 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
 def test_2d_features(mnist):
     mnist.replace("mnist_2d/mnist_2d_solver.prototxt", test_iter=1,
                   test_interval=4, display=2, max_iter=4)
-    done = mnist.run("mnist_2d/train_2d.sh", env=mnist.env)
+    done = mnist.run("mnist_2d/train_2d.sh", "--seeds", "2", env=mnist.env)
     assert done.returncode == 0, done.stdout
-    lines = done.stdout.splitlines()
-    assert [line[:5] for line in lines[-5:-1]] == [
-        "m = %d" % m for m in (1, 2, 3, 4)]
-    plot = lines[-1].split(": ", 1)[1]
-    assert Image.open(plot).size == (1600, 450)
+    rows = [re.findall(r"[\d.]+", line) for line in done.stdout.splitlines()
+            if re.match(r"\| \d \|", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    for _, mean, deviation, *errors, _ in rows:
+        errors = np.array(errors, float)
+        assert float(mean) == pytest.approx(errors.mean(), abs=0.006)
+        assert float(deviation) == pytest.approx(errors.std(ddof=1), abs=0.01)
+    assert [row[-1] for row in rows] == ["98.45", "98.96", "99.22", "99.34"]
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("plot (of seed 1): ")
+    plot = line.split(": ", 1)[1]
+    assert Image.open(plot).size == (1560, 897)
+    # The paper's figures are those of MNIST.
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    for mark in mnist.path("mnist_2d/runs").glob("*/done"):
+        mark.write_text("Others\n")
+    other = mnist.run("mnist_2d/train_2d.sh", "--seeds", "2", env=mnist.env)
+    assert "8 of 8 runs are done already" in other.stdout
+    assert "98.45" not in other.stdout
+
+
+class Result:
+    """Features as mnist_2d.py draws them."""
+
+    def __init__(self, features, labels, accuracy=0.5):
+        self.features, self.labels = features, labels
+        self.accuracy, self.weights = accuracy, np.eye(2)
+
+
+def test_2d_picture_names_what_it_shows():
+    from mnist_2d import draw
+    found = Result(np.array([[3.0, 0.1], [0.1, 2.0]]), np.array([0, 1]))
+    figure = draw([(1, found, found), (4, found, Result(
+        found.features, found.labels, 0.9876))], "Some images", {4: 99.34})
+    assert figure._suptitle.get_text() == "Some images"
+    upper, lower = figure.axes[:2], figure.axes[2:]
+    assert [axis.get_title() for axis in upper] == [
+        "softmax (m = 1)", "L-Softmax, m = 4"]
+    assert upper[0].get_xlabel() == "training accuracy 50.00 %"
+    assert lower[0].get_xlabel() == "test accuracy 50.00 %"
+    assert lower[1].get_xlabel() == "test accuracy 98.76 %\n(paper: 99.34 %)"
+    assert lower[0].get_ylabel() == "2 test images"
+    for axis in figure.axes:
+        assert axis.get_aspect() in ("equal", 1.0)
+        # The classes are named where their rays end.
+        assert {text.get_text(): tuple(np.sign(np.round(text.xy, 3)))
+                for text in axis.texts} == {"0": (1, 0), "1": (0, 1)}

@@ -327,7 +327,8 @@ for _ in range(int(sys.argv[3])):
 sys.stdout.buffer.write(b"".join(out))
 """
     net = lmdb.parent / "read.prototxt"
-    net.write_text("""layer { name: "data" type: "Data" top: "data" top: "label"
+    net.write_text("""layer {
+        name: "data" type: "Data" top: "data" top: "label"
         data_param { source: "%s" batch_size: 1 backend: LMDB } }""" % lmdb)
     count = {"mnist_fit_lmdb": 167, "mnist_validation_lmdb": 33}[lmdb.name]
     # One more: a data layer begins again after the last image.

@@ -155,7 +155,7 @@ def sample(net, blobs, iterations, progress):
         net.forward()
         for values, blob in zip(found, blobs):
             values.append(net.blobs[blob].data.copy())
-        progress.show("    %d/%d batches" % (done + 1, iterations))
+        progress.show(lambda: "    %d/%d batches" % (done + 1, iterations))
     return [np.concatenate(values) for values in found]
 
 

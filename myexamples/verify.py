@@ -341,7 +341,7 @@ def run(args):
     progress = runs.Progress()
     rows = extractor.features(
         pairs.paths, extractor.preprocessing.read, args.flip,
-        lambda done: progress.show("    %d/%d images" % (
+        lambda done: progress.show(lambda: "    %d/%d images" % (
             done, len(pairs.paths))))
     progress.say("%d features of blob \"%s\"%s" % (
         rows.shape[1], args.blob,

@@ -32,7 +32,7 @@ UNSEEN = (5, 9)
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--margins", type=int, nargs="+",
                         default=[1, 2, 3, 4], metavar="M",
@@ -48,13 +48,13 @@ def parse_args():
     parser.add_argument("-o", "--output", metavar="FOLDER",
                         default=os.path.join(HERE, "runs"),
                         help="default: myexamples/mnist_verification/runs")
-    parser.add_argument("-t", "--title", default="", help="above the plot")
     parser.add_argument("-j", "--jobs", type=int, metavar="N",
                         default=os.cpu_count(),
                         help="nets trained at once (default: one a core)")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
         parser.error("margins, seeds and jobs are at least 1")
+    args.margins = sorted(set(args.margins))
     return args
 
 
@@ -69,8 +69,9 @@ class Judgement:
     """What the pairs say of a trained run; rates are those of the plot."""
 
     def __init__(self, pb, caffe, run, images, labels, rates):
-        extractor = features.Extractor(pb, caffe, run.solver.net, run.model,
-                                       BLOB, batch=100)
+        extractor = features.Extractor(
+            pb, caffe, os.path.join(run.path, "net.prototxt"), run.model,
+            BLOB, batch=100)
         rows = extractor.features(range(len(images)), lambda i: images[i])
         # Of millions of pairs: the whole curve is too large to keep.
         roc = verify.Roc(*all_pairs(rows, labels))
@@ -122,7 +123,8 @@ def run_all(args):
     rates = verify.false_rates(1e-4)
     progress = runs.Progress()
     for done, run in enumerate(all_runs):
-        progress.show("    %d/%d nets judged" % (done, len(all_runs)))
+        progress.show(lambda: "    %d/%d nets judged" % (
+            done, len(all_runs)))
         judgements[run.margin].append(
             Judgement(pb, caffe, run, images, labels, rates))
     progress.say("mean ± standard deviation of %d seed%s:" % (
@@ -132,7 +134,8 @@ def run_all(args):
     verify.draw_roc(axis, rates, [
         (name(margin), [one.curve for one in found])
         for margin, found in judgements.items()])
-    axis.set_title(args.title)
+    axis.set_title("Classes %d to %d of %s, trained on the others" % (
+        UNSEEN + (all_runs[0].dataset() or "images of your own",)))
     png = os.path.join(output, "roc.png")
     figure.savefig(png, dpi=100)
     print("plot: %s" % png)

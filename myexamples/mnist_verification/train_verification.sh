@@ -41,7 +41,5 @@ need_plots
 one_at_a_time "$here/runs/.lock"
 make_lmdb "$here/train_lmdb" train
 make_lmdb "$here/test_lmdb" t10k
-name=$(cat "$data/dataset.txt")
-say "training on the classes 0 to 4 of $name"
-"$PYTHON" "$here/mnist_verification.py" \
-  --title "Classes 5 to 9 of $name, trained on 0 to 4" "$@"
+say "training on the classes 0 to 4 of $(cat "$data/dataset.txt")"
+"$PYTHON" "$here/mnist_verification.py" "$@"

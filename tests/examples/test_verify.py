@@ -196,7 +196,8 @@ class Net:
 
     def __init__(self, folder, count, color=False, transform=""):
         self.pb = caffe_proto.load()
-        self.path, self.model = folder / "net.prototxt", folder / "a.caffemodel"
+        self.path = folder / "net.prototxt"
+        self.model = folder / "a.caffemodel"
         self.path.write_text(NET % (transform, str(color).lower(), count))
         self.write({"ip": np.eye(count),
                     "lm": np.arange(2 * count).reshape(2, count)})
@@ -236,7 +237,7 @@ class Net:
 
 
 def save(path, pixels):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.array(pixels, np.uint8)).save(str(path))
 
 
@@ -252,8 +253,7 @@ def faces(tmp_path, caffe_root):
                          ("Q", [up, up])):
         for number, pixels in enumerate(images, 1):
             save(tmp_path / "lfw" / name / ("%s_%04d.png" % (name, number)),
-                 pixels) if (tmp_path / "lfw").mkdir(exist_ok=True) is None \
-                else None
+                 pixels)
     plain = ["P 1 2", "Q 1 2", "P 1 Q 1", "Q 2 P 2"]
     last = ["P 1 3", "P 1 2", "P 3 Q 1", "P 2 Q 2"]
     path = tmp_path / "pairs.txt"
@@ -312,6 +312,22 @@ def test_tool_on_a_plain_list_with_options(tmp_path, caffe_root):
     flipped = net.verify(path, "--mean", 10, "--flip")
     assert "mean of image and mirror image" in flipped.stdout
     assert "different persons, 1.000" in flipped.stdout
+
+
+def test_progress_on_long_lists(tmp_path, caffe_root):
+    path = plain_list(tmp_path, *[[[10, 20 + i]] for i in range(5)])
+    net = Net(tmp_path, 2)
+    shown = net.extract(
+        "import contextlib, io, runs, verify\n"
+        "runs.Progress.__init__.__defaults__ = (0,)\n"
+        "sys.argv = %r\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "    verify.main()\n"
+        "result = out.getvalue().splitlines()" % [
+            "verify.py", str(net.path), str(net.model), str(path), "--blob",
+            "ip", "--batch", "2"])
+    assert list(shown[1:4]) == ["    2/5 images", "    4/5 images",
+                                "    5/5 images"]
 
 
 MISTAKES = [
@@ -447,22 +463,19 @@ def test_channels_mean_image_and_batches(tmp_path, caffe_root):
 def test_deploy_net_scales_images_to_its_input(tmp_path, caffe_root):
     """Both forms of an input; a margin layer without its label."""
     save(tmp_path / "a.png", np.full((6, 8), 7))
+    save(tmp_path / "b.png", [[1, 2, 3, 4]] * 3)
     for text in ('input: "data" input_dim: 1 input_dim: 1 input_dim: 1 '
                  "input_dim: 2",
                  'layer { name: "x" type: "Input" top: "data" input_param '
                  "{ shape { dim: 9 dim: 1 dim: 1 dim: 2 } } }"):
         net = Net(tmp_path, 2)
-        whole = net.path.read_text()
-        net.path.write_text(text + "\n" + whole[whole.index('layer { name: "flat"'):])
-        rows = net.extract("one = extractor('lm')\n"
-                           "read = one.preprocessing.read\n"
-                           "result = one.features(['a.png'], read)")
-        assert rows.tolist() == [[7, 35]]
-        # A larger image, of which the net sees the middle.
-        columns = np.repeat(np.array([[1, 2, 3, 4]]), 3, axis=0)
-        save(tmp_path / "b.png", columns)
-        rows = net.extract("one = extractor()\n"
-                           "one.preprocessing.size = 3, 4\n"
-                           "read = one.preprocessing.read\n"
-                           "result = one.features(['b.png'], read)")
-        assert rows.tolist() == [[2, 3]]
+        _, layers = net.path.read_text().split('layer { name: "flat"')
+        net.path.write_text(text + '\nlayer { name: "flat"' + layers)
+        rows = net.extract(
+            "one, two = extractor('lm'), extractor()\n"
+            "a = one.features(['a.png'], one.preprocessing.read)\n"
+            # A larger image, of which the net sees the middle.
+            "two.preprocessing.size = 3, 4\n"
+            "b = two.features(['b.png'], two.preprocessing.read)\n"
+            "result = np.stack([a, b])")
+        assert rows.tolist() == [[[7, 35]], [[2, 3]]]

@@ -1,6 +1,7 @@
 """Trained weights: .caffemodel and .caffemodel.h5 files, read and written."""
 import contextlib
 import os
+import tempfile
 
 import numpy as np
 
@@ -166,6 +167,20 @@ def read_hdf5(path):
     if not weights:
         raise UserError("%s holds no weights" % path)
     return weights
+
+
+@contextlib.contextmanager
+def scratch(data):
+    """The path of a file with those bytes, for as long as it is used."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "scratch.caffemodel")
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            raise UserError("cannot write to %s: %s"
+                            % (folder, error.strerror))
+        yield path
 
 
 def check_free(paths, force):

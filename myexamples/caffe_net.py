@@ -60,7 +60,7 @@ class Caffe:
             self.log.seek(0)
             words = self.log.read().decode(errors="replace")
             self.close()
-            raise UserError(last_words(words))
+            raise UserError(last_words(words)) from None
         except BaseException:
             self.process.kill()
             self.close()

@@ -90,25 +90,24 @@ class Input:
             return None, ": %s is not there" % self.source()
         layer = self.pb.LayerParameter()
         layer.CopyFrom(self.layer)
-        for field in ("phase", "include", "exclude", "top"):
+        for field in ("phase", "include", "exclude"):
             layer.ClearField(field)
         # The mean does not change the shape, and its file may be away.
-        layer.transform_param.ClearField("mean_file")
+        if layer.HasField("transform_param"):
+            layer.transform_param.ClearField("mean_file")
         param = getattr(layer, {"Data": "data_param",
                                 "ImageData": "image_data_param",
                                 "HDF5Data": "hdf5_data_param"}[layer.type])
         param.batch_size = 1
         if layer.type != "HDF5Data":
             param.rand_skip = 0
-        # A layer's tops are told apart by their places.
-        layer.top.extend("top%d" % i for i in range(self.node.all_tops))
         net = self.pb.NetParameter(layer=[layer])
         try:
             shapes = caffe.data_shapes(str(net), folder)
         except UserError as error:
             return None, ", and %s could not be read (%s)" % (self.source(),
                                                               error)
-        return shapes["top%d" % self.top.index], None
+        return shapes[layer.top[self.top.index]], None
 
     def deduced_shape(self, graph, weights):
         """What crop, mean and weights say together, or None."""

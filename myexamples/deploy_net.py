@@ -55,8 +55,6 @@ class Node:
         self.layer, self.bottoms, self.tops = layer, bottoms, tops
         self.blobs = []
         self.folded = []
-        # Of the layer as it was.
-        self.all_tops = len(layer.top)
 
     @property
     def name(self):
@@ -297,8 +295,7 @@ class Graph:
         for layer in self.train_only:
             if LOSSES.get(layer.type, (None, None))[1] and layer.bottom and \
                     layer.bottom[0] in self.last:
-                found.append((Node(layer, [], [Value(name) for name
-                                               in layer.top]),
+                found.append((Node(layer, [], []),
                               self.last[layer.bottom[0]]))
         return found
 
@@ -319,9 +316,7 @@ class Graph:
         kind = LOSSES[loss.type][1]
         if any(node.type == kind for node in self.consumers(value)):
             return
-        if len(loss.tops) > 1:
-            top = loss.tops[1].name
-        elif alone:
+        if alone:
             top = "prob"
         else:
             top = re.sub("loss", "prob", loss.name, flags=re.I)

@@ -21,9 +21,9 @@ are written, both nets run on the same inputs; where their outputs differ by
 more than 1e-4 (relative to the largest output), nothing is written.
 """
 import argparse
+import contextlib
 import os
 import sys
-import tempfile
 
 import numpy as np
 
@@ -212,11 +212,9 @@ def largest_difference(ours, theirs):
 
 def prove(caffe, reference, reference_model, net, model, inputs, names):
     """Raises UserError where the nets do not agree; else says how well."""
-    with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
-        file.write(model)
-        file.flush()
+    with caffe_model.scratch(model) as path:
         ours = caffe.outputs(reference, reference_model, inputs, names)
-        theirs = caffe.outputs(net, file.name, inputs, names)
+        theirs = caffe.outputs(net, path, inputs, names)
     difference, name = largest_difference(ours, theirs)
     count = len(inputs) - SAMPLES
     print("both nets on %d random inputs%s: largest relative difference %.2g "
@@ -259,12 +257,11 @@ def export(caffe, pb, args):
     graph.load(weights, parameters)
     check_dialect(graph, args)
     arrays = samples(caffe, inputs, args.images)
-    with tempfile.NamedTemporaryFile(suffix=".caffemodel") as file:
+    with contextlib.ExitStack() as stack:
         reference_model = args.model
         if args.bn == "variance":
-            file.write(model_of(pb, graph, reference).SerializeToString())
-            file.flush()
-            reference_model = file.name
+            reference_model = stack.enter_context(caffe_model.scratch(
+                model_of(pb, graph, reference).SerializeToString()))
         before = {node.name: node.type for node in graph.nodes}
         graph.replace_plugin(args.fold == "bn", blobs)
         net = graph.net(source.name, for_deploy=True)

@@ -1,6 +1,7 @@
 """Exported nets in other programs: OpenCV's dnn, upstream's own protobuf."""
 import os
 import re
+import shutil
 import subprocess
 
 import numpy as np
@@ -104,26 +105,21 @@ def test_opencv(exported):
 def upstream(tmp_path_factory, pb):
     """A folder with caffe_pb2 as upstream has it, and upstream's layers."""
     folder = tmp_path_factory.mktemp("upstream")
-    proto = folder / "src/caffe/proto/caffe.proto"
-    proto.parent.mkdir(parents=True)
-    with open(os.path.join(CAFFE_ROOT, "src/caffe/proto/caffe.proto")) as file:
-        proto.write_text(file.read())
-    for name in ("caffe_proto_large_margin", "caffe_proto_bn"):
-        subprocess.run(
-            ["patch", "-R", "-s", "-p1", "-d", str(folder), "-i",
-             os.path.join(ROOT, "caffe_patch", name + ".patch")], check=True)
-    assert not re.search("margin|BNParam", proto.read_text(), re.I)
+    tree = folder / "caffe"
+    shutil.copytree(CAFFE_ROOT, tree, symlinks=True,
+                    ignore=lambda path, names: {
+                        "build", "data", "docs", "examples", "matlab",
+                        "models", ".git"} if path == CAFFE_ROOT else ())
+    subprocess.run([os.path.join(ROOT, "caffe_patch/apply.sh"), "--revert",
+                    str(tree)], check=True, stdout=subprocess.DEVNULL)
+    proto = tree / "src/caffe/proto/caffe.proto"
+    assert not re.search("LargeMargin|BNParam", proto.read_text())
     subprocess.run(["protoc", "-I", str(proto.parent), "--python_out",
                     str(folder), str(proto)], check=True)
     kinds = set()
-    for base, _, names in os.walk(os.path.join(CAFFE_ROOT, "src/caffe")):
-        for name in names:
-            if name.endswith(".cpp") and name not in (
-                    "bn_layer.cpp", "large_margin_inner_product_layer.cpp"):
-                with open(os.path.join(base, name)) as file:
-                    kinds.update(re.findall(
-                        r"REGISTER_LAYER_(?:CLASS|CREATOR)\((\w+)",
-                        file.read()))
+    for path in tree.glob("src/caffe/**/*.cpp"):
+        kinds.update(re.findall(r"REGISTER_LAYER_(?:CLASS|CREATOR)\((\w+)",
+                                path.read_text()))
     assert "Convolution" in kinds and "BN" not in kinds
     (folder / "kinds").write_text("\n".join(kinds))
     return folder

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--layer", metavar="NAME", action="append",
                         help="convert only this layer (BN's or BatchNorm's "
                         "name); may be repeated; default: all")
-    parser.add_argument("--axes", type=int, choices=(2, 4), default=2,
+    parser.add_argument("--axes", type=int, choices=(2, 4),
                         help="--to variance: 2 for blobs (1, channels), as "
                         "yjxiong's master has them, 4 for (1, channels, 1, "
                         "1), as PSPNet's has them (default: 2)")
@@ -72,6 +72,9 @@ def parse_args(argv=None):
         parser.error("--from and --to are both %s" % args.source)
     if args.eps is not None and not 0 <= args.eps < 1e30:
         parser.error("--eps %g: it must be at least 0" % args.eps)
+    if args.axes and args.target != "variance":
+        parser.error("--axes is for --to variance")
+    args.axes = args.axes or 2
     if "{}" not in args.scale_name:
         parser.error("--scale-name %s: it has no {} for the name of the "
                      "BatchNorm" % args.scale_name)

@@ -753,14 +753,14 @@ def test_variance_is_suspected(bench, capsys):
         caffe_model.set_array(model.layer[1].blobs[i], values.astype("f4"))
     bench.model.write_bytes(model.SerializeToString())
     bench.export()
-    assert "warning" not in capsys.readouterr().out
+    assert "warning:" not in capsys.readouterr().out
     variances(model, False)
     bench.model.write_bytes(model.SerializeToString())
     bench.export("--force")
     assert re.search(r"warning: .*above eps.*, add --bn variance",
                      capsys.readouterr().out)
     bench.export("--force", "--bn", "variance")
-    assert "warning" not in capsys.readouterr().out
+    assert "warning:" not in capsys.readouterr().out
 
 
 def test_variance_below_zero(bench):

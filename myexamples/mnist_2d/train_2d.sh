@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Trains nets with 2-D features for m = 1, 2, 3, 4 on the CPU and draws the
 # features, as on the front page of the paper.
+#
+# Usage: myexamples/mnist_2d/train_2d.sh
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -15,6 +15,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 here=$ROOT/myexamples/cifar10+
-paper_options "$here/model/cifar10+_solver.prototxt" 3 32 32 "$@"
+paper_options "$here/cifar_solver.prototxt" 3 32 32 "$@"
 "$ROOT/myexamples/cifar10/get_cifar10.sh"
-train_paper "$here/cifar10+_snapshot"
+train_paper "$here/cifar_snapshot"

@@ -14,6 +14,6 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 here=$ROOT/myexamples/cifar10
-paper_options "$here/cifar10_solver.prototxt" 3 32 32 "$@"
+paper_options "$here/cifar_solver.prototxt" 3 32 32 "$@"
 "$here/get_cifar10.sh"
-train_paper "$here/cifar10_snapshot"
+train_paper "$here/cifar_snapshot"

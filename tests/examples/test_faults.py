@@ -237,7 +237,8 @@ def apt(tree, tmp_path):
         (folder / name).chmod(0o755)
     program("dpkg", "")
     program("apt-get", "")
-    tree.env = {"PATH": "%s:%s" % (folder, os.environ["PATH"]),
+    tree.env = {"PATH": "%s:%s:%s" % (folder, tree.npm.folder,
+                                      os.environ["PATH"]),
                 "MNIST_MIRRORS": NO_MIRROR}
     tree.apt, tree.program = log, program
     return tree

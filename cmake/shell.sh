@@ -27,7 +27,10 @@ show_help() {
   awk 'NR > 1 { if (!/^#/ || /^# shellcheck /) exit; sub(/^# ?/, ""); print }' "$script"
 }
 
-bad_usage() { show_help >&2; die "$1"; }
+bad_usage() {  # MESSAGE
+  show_help >&2
+  (die "$1") || exit 2
+}
 
 script=$0
 for argument; do

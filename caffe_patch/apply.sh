@@ -273,7 +273,7 @@ must_apply() {  # NAME
   printf '%s\n' "$text" > "$stage/patch"
   fits new "$stage/patch" ||
     die "$root is no Caffe that $1.patch knows how to patch:" \
-        "$(sed -n 's/^error: //p; T; q' "$stage/words")" \
+        "$(sed 's/^error: //; q' "$stage/words")" \
         "It fits BVLC Caffe rc3, rc4, rc5, 1.0 and master."
 }
 

@@ -76,7 +76,7 @@ pycaffe_works() {
 import caffe
 missing = {"LargeMarginInnerProduct", "BN"} - set(caffe.layer_type_list())
 if missing:
-    raise SystemExit("pycaffe does not have the layers: " + ", ".join(missing))
+    raise SystemExit("pycaffe does not have the layers: " + ", ".join(sorted(missing)))
 '
 }
 
@@ -237,7 +237,7 @@ failed() {
   first=$(first_error "$log")
   if [[ -z $first ]]; then tail -n 30 -- "$log" >&2; fi
   make_dir "$build"
-  ! grep -qE "$disk_full" "$log" || die_of_full_disk "$build"
+  if grep -E "$disk_full" "$log" >&2; then die_of_full_disk "$build"; fi
   package=$(package_of "$first")
   die "$1${first:+; its first error:}" ${first:+"$first"} \
       ${package:+"On Debian and Ubuntu: apt-get install $package"} \

@@ -37,8 +37,8 @@ ready() {
 ready
 one_at_a_time "$here/.lock"
 ready
-[ -e "$CAFFE_ROOT/python/caffe/proto/caffe_pb2.py" ] ||
-  die "no built pycaffe in $CAFFE_ROOT: run cmake/build_caffe.sh first"
+[ -e "$CAFFE_ROOT/src/caffe/proto/caffe.proto" ] ||
+  die "no Caffe in $CAFFE_ROOT: run cmake/build_caffe.sh first"
 "$PYTHON" -c 'import numpy, PIL, google.protobuf' 2>/dev/null ||
   need_packages "CIFAR-10" python3-numpy python3-pil python3-protobuf
 

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # for those who source it
 # What all scripts share. Sourced first, it answers --help with the comment at
-# the script's top, before anything is done, but where own_help is set.
+# the script's top, or with that of the Python program that helper names, before
+# anything is done.
 set -euo pipefail
 unset CDPATH
 
@@ -34,10 +35,9 @@ bad_usage() {  # MESSAGE
 
 script=$0
 for argument; do
-  if [[ $argument == -h || $argument == --help ]] && [[ ! ${own_help:-} ]]; then
-    show_help
-    exit
-  fi
+  [[ $argument == -h || $argument == --help ]] || continue
+  if [[ ! ${helper:-} ]]; then show_help; exit; fi
+  exec "$python" "$project/$helper" --help
 done
 
 # ---- Disks and locks ----

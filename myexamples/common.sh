@@ -20,6 +20,13 @@ cd -- "$ROOT"
 
 say() { printf '==> %s\n' "$*"; }
 
+# example NAME: a program of Caffe's examples; Make's have .bin in their names.
+example() {
+  local program=$CAFFE_ROOT/build/examples/$1
+  [ ! -x "$program.bin" ] || [ -x "$program" ] || program+=.bin
+  printf '%s' "$program"
+}
+
 # Show PATH as seen from the project's root.
 rel() { printf '%s' "${1#"$ROOT"/}"; }
 

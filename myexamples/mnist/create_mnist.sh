@@ -19,8 +19,7 @@ esac
 options=("$@")
 
 here=$ROOT/myexamples/mnist
-convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
-[ -x "$convert" ] || convert+=.bin  # Make's
+convert=$(example mnist/convert_mnist_data)
 train_db=$here/mnist_train_lmdb
 test_db=$here/mnist_test_lmdb
 new=$here/lmdb.new
@@ -35,7 +34,7 @@ ready() {
   fi
 }
 ready
-[ -x "$convert" ] || die "${convert%.bin} is missing: run cmake/build_caffe.sh first"
+[ -x "$convert" ] || die "$convert is missing: run cmake/build_caffe.sh first"
 "$here/get_mnist.sh" "${options[@]}"
 one_at_a_time "$here/.lock"
 ready

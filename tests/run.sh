@@ -121,7 +121,7 @@ install_packages() {
   for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
-  for pair in shellcheck=shellcheck dot=graphviz curl=curl; do
+  for pair in shellcheck=shellcheck dot=graphviz curl=curl npm=npm; do
     command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
   done
   [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)

@@ -23,12 +23,12 @@ def tree(tmp_path):
 
 @pytest.fixture(scope="session")
 def layer_files():
-    return [f"{folder}/{layer}.{ext}"
-            for layer in ("large_margin_inner_product_layer", "bn_layer")
-            for folder, ext in (("include/caffe/layers", "hpp"),
-                                ("src/caffe/layers", "cpp"))] + [
-        "src/caffe/test/test_large_margin_inner_product_layer.cpp",
-        "src/caffe/test/test_bn_layer.cpp"]
+    """What apply.sh puts into a tree, as paths of the tree."""
+    found = [path.relative_to(PROJECT).as_posix()
+             for folder in ("include/caffe", "src/caffe", "tests/caffe")
+             for path in (PROJECT / folder).rglob("*.?pp")]
+    assert "src/caffe/layers/bn_layer.cpp" in found
+    return [path.replace("tests/caffe", "src/caffe/test") for path in found]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def project(tmp_path):
     copy = tmp_path / "my project"
     shutil.copytree(PROJECT / "caffe_patch", copy / "caffe_patch")
     shutil.copytree(PROJECT / "cmake", copy / "cmake")
-    for folder in ("include/caffe/layers", "src/caffe/layers", "tests/caffe"):
+    for folder in ("include/caffe", "src/caffe", "tests/caffe"):
         shutil.copytree(PROJECT / folder, copy / folder)
     return copy
 

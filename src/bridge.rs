@@ -82,14 +82,13 @@ pub(crate) mod ffi {
             features: &[i32],
             labels: i32,
         ) -> Result<MatrixSizes>;
-        /// The forward passes behind the layer.
-        fn iteration(self: &LargeMarginInnerProduct) -> i32;
+        /// The forward passes behind the layer, all that ever were.
+        fn passes(self: &LargeMarginInnerProduct) -> i64;
         /// lambda of the last forward pass; before the first, of the next.
         fn lambda(self: &LargeMarginInnerProduct) -> f64;
-        /// Goes on from a snapshot's count of forward passes.
-        fn resume(self: &mut LargeMarginInnerProduct, iteration: i32);
-        /// Goes on from a number of passes after the parameter `iteration`.
-        fn resume_after(self: &mut LargeMarginInnerProduct, passes: i32);
+        /// Goes on from a count of all forward passes, or from the start that
+        /// the parameter names where that is higher.
+        fn resume(self: &mut LargeMarginInnerProduct, passes: i64);
 
         /// One forward pass; `labels` and `plain_logits` may be empty.
         #[cxx_name = "forward"]

@@ -520,12 +520,13 @@ fn axis_splits_samples_from_features() {
 #[test]
 fn parameters_out_of_range_are_refused_by_name_and_value() {
     type Set = fn(&mut LargeMarginInnerProductParameter);
-    let cases: [(Set, &str); 7] = [
+    let cases: [(Set, &str); 8] = [
         (|p| p.num_output = None, "num_output is missing"),
         (|p| p.num_output = Some(0), "num_output: 0"),
         (|p| p.num_output = Some(u32::MAX), "num_output: 4294967295"),
         (|p| p.margin = Some(0), "margin: 0"),
         (|p| p.iteration = Some(-3), "iteration: -3"),
+        (|p| p.passes = Some(-3), "passes: -3"),
         (|p| p.gamma = Some(-0.5), "gamma: -0.5"),
         (|p| p.base = Some(f32::NAN), "base: NaN"),
     ];
@@ -552,13 +553,13 @@ fn lambda_descends_with_each_forward_pass_and_resumes() {
         layer.lambda()
     };
     let mut whole = layer(&falling(0), 1, 1);
-    assert_eq!((whole.iteration(), whole.lambda()), (0, 60.0));
+    assert_eq!((whole.passes(), whole.lambda()), (0, 60.0));
     let lambdas: Vec<f64> = (0..5).map(|_| pass(&mut whole)).collect();
     assert_eq!(lambdas, [60.0, 40.0, 30.0, 24.0, 20.0]);
 
     let mut resumed = layer(&falling(0), 1, 1);
     resumed.resume(3);
-    assert_eq!((resumed.iteration(), resumed.lambda()), (3, 24.0));
+    assert_eq!((resumed.passes(), resumed.lambda()), (3, 24.0));
     assert_eq!(pass(&mut resumed), 24.0);
     assert_eq!(pass(&mut resumed), 20.0);
 
@@ -567,14 +568,29 @@ fn lambda_descends_with_each_forward_pass_and_resumes() {
     by_hand.resume(2);
     assert_eq!(pass(&mut by_hand), 20.0);
 
+    // The count is absolute: it is not added to the start.
     let mut counted = layer(&falling(1), 1, 1);
-    counted.resume_after(2);
-    assert_eq!(pass(&mut counted), 24.0);
+    counted.resume(2);
+    assert_eq!((counted.passes(), pass(&mut counted)), (2, 30.0));
+
+    // A snapshot's own layer, read as a net: the higher count is the start.
+    for (iteration, passes) in [(0, 3), (3, 0), (1, 3), (3, 1)] {
+        let param = LargeMarginInnerProductParameter {
+            passes: Some(passes),
+            ..falling(iteration)
+        };
+        let mut read = layer(&param, 1, 1);
+        assert_eq!((read.passes(), read.lambda()), (3, 24.0));
+        read.resume(2);
+        assert_eq!((read.passes(), pass(&mut read)), (3, 24.0));
+    }
 
     let mut last = layer(&falling(i32::MAX), 1, 1);
-    last.resume_after(i32::MAX);
     assert!(pass(&mut last).is_finite());
-    assert_eq!(last.iteration(), i32::MAX);
+    assert_eq!(last.passes(), i64::from(i32::MAX) + 1);
+    last.resume(i64::MAX);
+    assert!(pass(&mut last).is_finite());
+    assert_eq!(last.passes(), i64::MAX);
 }
 
 proptest! {
@@ -840,7 +856,7 @@ proptest! {
         bytes in prop_oneof![any_message(), proptest::collection::vec(any::<u8>(), 0..64)],
         shape in proptest::collection::vec(prop_oneof![0..5i32, any::<i32>()], 0..6),
         labels in proptest::collection::vec(prop_oneof![(0..4i32).prop_map(f64::from), any::<f64>()], 4),
-        resume in any::<i32>(),
+        resume in any::<i64>(),
     ) {
         let create =
             || lsoftmax::param::decode(&bytes).and_then(|p| LargeMarginInnerProduct::new(&p));
@@ -848,7 +864,7 @@ proptest! {
             return Ok(());
         };
         layer.resume(resume);
-        prop_assert!(layer.iteration() >= 0);
+        prop_assert!(layer.passes() >= 0);
         prop_assert!(layer.lambda() >= 0.0 && layer.lambda().is_finite());
         if let Ok(sizes) = layer.reshape(&shape, None) {
             prop_assert!(sizes.samples.max(sizes.features) <= i32::MAX as usize);

@@ -7,5 +7,4 @@
 
 here=$ROOT/myexamples/cifar10+
 "$ROOT/myexamples/cifar10/get_cifar10.sh"
-train_paper "$here/model/cifar10+_solver.prototxt" \
-  "$here/cifar10+_snapshot" "$@"
+train_paper "$here/cifar_solver.prototxt" "$here/cifar_snapshot" "$@"

@@ -6,4 +6,4 @@
 
 here=$ROOT/myexamples/cifar10
 "$here/get_cifar10.sh"
-train_paper "$here/cifar10_solver.prototxt" "$here/cifar10_snapshot" "$@"
+train_paper "$here/cifar_solver.prototxt" "$here/cifar_snapshot" "$@"

@@ -37,7 +37,11 @@ else
     die "the net could not be written: make room and run this again"
 fi
 
+say "testing $(rel "$model")"
+accuracy=$(model_accuracy "$solver" "$model" "$out/test.log")
 say "done: large-margin softmax (m = 4) on $dataset"
+echo "test accuracy: $accuracy after $iterations iterations"
 "$PYTHON" "$ROOT/myexamples/plot_training.py" "$out/train.log" \
-  -o "$out/training.png" -t "LeNet with large-margin softmax on $dataset"
+  -o "$out/training.png" -t "LeNet with large-margin softmax on $dataset" |
+  sed '/^test accuracy:/d'
 echo "model: $model"

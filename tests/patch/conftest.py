@@ -27,6 +27,8 @@ def layer_files():
             for layer in ("large_margin_inner_product_layer", "bn_layer")
             for folder, ext in (("include/caffe/layers", "hpp"),
                                 ("src/caffe/layers", "cpp"))] + [
+        "include/caffe/util/resume_large_margin.hpp",
+        "src/caffe/util/resume_large_margin.cpp",
         "src/caffe/test/test_large_margin_inner_product_layer.cpp",
         "src/caffe/test/test_bn_layer.cpp"]
 
@@ -37,7 +39,7 @@ def project(tmp_path):
     copy = tmp_path / "my project"
     shutil.copytree(PROJECT / "caffe_patch", copy / "caffe_patch")
     shutil.copytree(PROJECT / "cmake", copy / "cmake")
-    for folder in ("include/caffe/layers", "src/caffe/layers", "tests/caffe"):
+    for folder in ("include/caffe", "src/caffe", "tests/caffe"):
         shutil.copytree(PROJECT / folder, copy / folder)
     return copy
 

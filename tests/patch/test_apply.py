@@ -11,6 +11,9 @@ import pytest
 from stand_in import VERSIONS, make_tree, snapshot
 
 MANIFEST = ".lsoftmax-manifest"
+HOOKED = ["src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
+          "src/caffe/solver.cpp", "src/caffe/solvers/sgd_solver.cpp",
+          "tools/caffe.cpp"]
 NOTHING = "nothing was changed"
 
 
@@ -47,10 +50,15 @@ def test_apply_again_and_revert(apply, project, tmp_path, layer_files, version):
     assert make[hook + 1] == f"include {escaped}/cmake/lsoftmax.mk"
     solver = read(tree, "src/caffe/solver.cpp")
     assert ("(state_filename);\n  }\n"
-            "  RestoreLargeMarginIteration(net_.get(), state_filename, iter_,\n"
-            "      param_.iter_size());\n}\n") in solver
-    assert ('#include "caffe/layers/large_margin_inner_product_layer.hpp"\n'
-            '#include "caffe/solver.hpp"\n') in solver
+            "  ResumeLargeMargin(this, state_filename);\n}\n") in solver
+    assert "  WarnOfUnsharedWeights(this);\n  iter_ = 0;\n" in solver
+    sgd_solver = read(tree, "src/caffe/solvers/sgd_solver.cpp")
+    assert "  SaveLargeMargin(*this->net_, file_hid);\n" in sgd_solver
+    tool = read(tree, "tools/caffe.cpp")
+    assert ("(FLAGS_weights);\n"
+            "  caffe::ResumeLargeMargin(&caffe_net, FLAGS_weights);\n") in tool
+    for text in (solver, sgd_solver, tool):
+        assert '#include "caffe/util/resume_large_margin.hpp"\n' in text
     for name in layer_files:
         source = name.replace("src/caffe/test", "tests/caffe")
         assert read(tree, name) == read(project, source)
@@ -109,7 +117,7 @@ def test_wire_format(apply, tmp_path, messages, version):
     def fields(name):
         return {f.name: (f.number, f.type, f.default_value)
                 for f in found[name].field}
-    U32, I32, FLOAT, BOOL, ENUM, MESSAGE = 13, 5, 2, 8, 14, 11
+    U32, I32, I64, FLOAT, BOOL, ENUM, MESSAGE = 13, 5, 3, 2, 8, 14, 11
     assert fields("LargeMarginInnerProductParameter") == {
         "num_output": (1, U32, ""),
         "type": (2, ENUM, "SINGLE"),
@@ -122,6 +130,7 @@ def test_wire_format(apply, tmp_path, messages, version):
         "lambda_min": (9, FLOAT, "0"),
         "margin": (10, U32, ""),
         "ignore_label": (11, I32, ""),
+        "passes": (12, I64, ""),
     }
     assert fields("BNParameter") == {
         "slope_filler": (1, MESSAGE, ""),
@@ -247,9 +256,7 @@ def test_own_large_margin_layer(apply, tmp_path):
 
 # ---- Wrong, half-patched and edited trees ----
 
-@pytest.mark.parametrize("missing", [
-    "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-    "src/caffe/solver.cpp"])
+@pytest.mark.parametrize("missing", HOOKED)
 def test_not_a_caffe_tree(apply, tree, missing):
     (tree / missing).unlink()
     before = snapshot(tree)
@@ -277,7 +284,11 @@ def test_fork_with_another_layer_class(apply, tree):
     ("CMakeLists.txt", "# ---[ Subdirectories"),
     ("Makefile", "include $(CONFIG_FILE)"),
     ("src/caffe/solver.cpp", "    RestoreSolverStateFromBinaryProto"),
-    ("src/caffe/solver.cpp", '#include "caffe/solver.hpp"'),
+    ("src/caffe/solver.cpp", "  iter_ = 0;"),
+    ("src/caffe/solver.cpp", '#include "caffe/util/upgrade_proto.hpp"'),
+    ("src/caffe/solvers/sgd_solver.cpp", '"current_step"'),
+    ("tools/caffe.cpp", "caffe/util/signal_handler.h"),
+    ("tools/caffe.cpp", "Running for"),
 ])
 def test_missing_anchor(apply, tree, name, anchor):
     text = read(tree, name)
@@ -286,13 +297,9 @@ def test_missing_anchor(apply, tree, name, anchor):
     refuses(apply, tree, says=[name])
 
 
-@pytest.mark.parametrize("name", [
-    "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-    "src/caffe/solver.cpp"])
+@pytest.mark.parametrize("name", HOOKED)
 def test_half_patched_without_manifest(apply, tree, layer_files, name):
-    native = {f: read(tree, f) for f in (
-        "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-        "src/caffe/solver.cpp")}
+    native = {f: read(tree, f) for f in HOOKED}
     apply(tree)
     for file in [MANIFEST, *layer_files]:
         (tree / file).unlink()
@@ -319,7 +326,7 @@ def test_edited_copy_is_not_lost(apply, tree):
 def test_changed_hook(apply, tree):
     apply(tree)
     path = tree / "src/caffe/solver.cpp"
-    path.write_text(path.read_text().replace("param_.iter_size()", "1"))
+    path.write_text(path.read_text().replace("(this, ", "(NULL, "))
     refuses(apply, tree, says=["half patched", "solver.cpp"])
 
 
@@ -539,7 +546,7 @@ def test_full_disk(apply, tmpfs, left):
         apply(tree)
     elif left == 0:
         pytest.fail("a full disk took the patch")
-    assert "RestoreLargeMarginIteration" in read(tree, "src/caffe/solver.cpp")
+    assert "ResumeLargeMargin" in read(tree, "src/caffe/solver.cpp")
 
 
 @needs_root

@@ -10,8 +10,6 @@
 
 namespace caffe {
 
-template <typename Dtype> class Net;
-
 /**
  * @brief An inner product with an angular margin on the target class:
  *        followed by SoftmaxWithLoss it is the large-margin softmax (L-Softmax)
@@ -69,16 +67,19 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
     return bottom_index != 1;
   }
 
-  /// @brief Writes the layer with its present iteration, for Resume.
+  /// @brief Writes the layer with the passes behind it, for Resume. What its
+  ///        user wrote in iteration stays.
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
   /**
-   * @brief Continues the descent of lambda after `iteration` forward passes;
-   *        after those of the layer's parameter where they are more.
+   * @brief Continues the descent of lambda after `passes` forward passes in
+   *        all; after those of the layer's parameter where they are more.
    */
-  void Resume(int iteration);
-  /// @brief Continues `passes` forward passes after the parameter's iteration.
-  void ResumeAfter(int passes);
+  void Resume(int64_t passes);
+  /// @brief The forward passes behind the layer, all that ever were.
+  int64_t passes() const;
+  /// @brief lambda of the last forward pass; before the first, of the next.
+  double lambda() const;
 
  protected:
   /**
@@ -120,25 +121,10 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   struct State;
   shared_ptr<State> state_;
 
+  void WarnOfMarginInTest(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
   void CheckPropagateDown(const vector<bool>& propagate_down) const;
-  void LogResume() const;
 };
-
-/**
- * @brief Called by Solver::Restore: every LargeMarginInnerProduct layer of the
- *        net goes on where the snapshot left it.
- *
- * @param net the solver's training net.
- * @param state_file the .solverstate or .solverstate.h5 file restored from. The
- *        former names the .caffemodel that holds the layers' iterations; the
- *        latter's model holds none.
- * @param iter the solver's iteration, restored already.
- * @param iter_size forward passes of a solver's iteration.
- */
-template <typename Dtype>
-void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
-    int iter, int iter_size);
 
 }  // namespace caffe
 

@@ -104,18 +104,28 @@ void BNLayer<Dtype>::LayerSetUp(const vector<Blob<Dtype>*>& bottom,
 
   // What forward passes move, or nothing may, is not the solver's; weight
   // decay would change even blobs that have no gradient.
+  string overruled;
   while (this->layer_param_.param_size() < kBlobs) {
     this->layer_param_.add_param();
   }
   for (int i = 0; i < kBlobs; ++i) {
     const bool moving = i == kMovingMean || i == kMovingInvStd;
-    const bool frozen = !moving && state_->rust->frozen();
+    if (!moving && !state_->rust->frozen()) { continue; }
     ParamSpec* spec = this->layer_param_.mutable_param(i);
-    if (frozen || (moving && !spec->has_lr_mult())) { spec->set_lr_mult(0); }
-    if (frozen || (moving && !spec->has_decay_mult())) {
-      spec->set_decay_mult(0);
+    if ((spec->has_lr_mult() && spec->lr_mult() != 0)
+        || (spec->has_decay_mult() && spec->decay_mult() != 0)) {
+      overruled += (overruled.empty() ? "" : ", ") + string(kBlobNames[i]);
     }
+    spec->set_lr_mult(0);
+    spec->set_decay_mult(0);
   }
+  // The solver does not look at the multipliers of a test net.
+  LOG_IF(WARNING, !overruled.empty() && this->phase_ == TRAIN
+      && Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "': lr_mult and decay_mult in the param "
+      << "of its " << overruled << " are taken as 0: the solver does not "
+      << "move " << (state_->rust->frozen() ? "what is frozen"
+          : "the moving statistics, forward passes do");
 }
 
 template <typename Dtype>

@@ -1,14 +1,12 @@
 #include <algorithm>
 #include <limits>
-#include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "caffe/filler.hpp"
 #include "caffe/layers/large_margin_inner_product_layer.hpp"
-#include "caffe/net.hpp"
 #include "caffe/util/format.hpp"
-#include "caffe/util/io.hpp"
 #include "caffe/util/math_functions.hpp"
 #include "lsoftmax/blobs.hpp"
 #include "lsoftmax/src/bridge.rs.h"
@@ -66,6 +64,21 @@ class GpuBlas : public lsoftmax::Blas {
 };
 #endif  // CPU_ONLY
 
+// Says which layer a blob is too large for; Caffe's own words do not.
+template <typename Dtype>
+void CheckSize(const Layer<Dtype>& layer, const string& what, int rows,
+    const string& row, int columns, const string& column) {
+  const int64_t size = static_cast<int64_t>(rows) * columns;
+  const int most = std::numeric_limits<int>::max();
+  if (size > most) {
+    std::ostringstream message;
+    message << rows << " " << row << " times " << columns << " " << column
+        << " are " << size << " " << what << ", and a blob of Caffe holds "
+        << most << " values at most";
+    Fail(layer, message.str());
+  }
+}
+
 }  // namespace
 
 template <typename Dtype>
@@ -116,6 +129,9 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckSize(*this, "weights", weight_shape[0], "classes", weight_shape[1],
+      "features");
+  WarnOfMarginInTest(bottom.size() > 1, top.size() > 2);
   if (this->blobs_.size() > 0) {
     LOG(INFO) << "Skipping parameter initialization";
     const Blob<Dtype>& weight = *this->blobs_[0];
@@ -139,6 +155,22 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 }
 
 template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::WarnOfMarginInTest(bool labels,
+    bool plain_logits) const {
+  const LargeMarginInnerProductParameter& param =
+      this->layer_param_.largemargin_inner_product_param();
+  const bool margin = param.has_margin() ? param.margin() > 1 :
+      param.type() != LargeMarginInnerProductParameter_LargeMarginType_SINGLE;
+  LOG_IF(WARNING, this->phase_ == TEST && margin && labels && !plain_logits
+      && Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "' of the TEST phase has a margin: "
+      << "Accuracy by its first top counts as wrong what a deployed net gets "
+      << "right. Give it a third top, the logits without margin, for "
+      << "Accuracy, or include it in the TRAIN phase only, beside one of the "
+      << "same name with type: SINGLE in the TEST phase";
+}
+
+template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Reshape(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   vector<int> top_shape = bottom[0]->shape();
@@ -149,6 +181,8 @@ void LargeMarginInnerProductLayer<Dtype>::Reshape(
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckSize(*this, "logits", bottom[0]->count(0, top_shape.size() - 1),
+      "samples", top_shape.back(), "classes");
   top[0]->Reshape(top_shape);
   if (top.size() > 1) { top[1]->Reshape(vector<int>(1, 1)); }
   if (top.size() > 2) { top[2]->Reshape(top_shape); }
@@ -242,72 +276,24 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
     bool write_diff) {
   Layer<Dtype>::ToProto(param, write_diff);
-  param->mutable_largemargin_inner_product_param()->set_iteration(
-      state_->rust->iteration());
+  param->mutable_largemargin_inner_product_param()->set_passes(
+      state_->rust->passes());
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::Resume(int iteration) {
-  state_->rust->resume(iteration);
-  LogResume();
+void LargeMarginInnerProductLayer<Dtype>::Resume(int64_t passes) {
+  state_->rust->resume(passes);
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::ResumeAfter(int passes) {
-  state_->rust->resume_after(passes);
-  LogResume();
+int64_t LargeMarginInnerProductLayer<Dtype>::passes() const {
+  return state_->rust->passes();
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::LogResume() const {
-  LOG_IF(INFO, Caffe::root_solver()) << type() << " layer '"
-      << this->layer_param_.name() << "' resumes after iteration "
-      << state_->rust->iteration() << ", lambda = " << state_->rust->lambda();
+double LargeMarginInnerProductLayer<Dtype>::lambda() const {
+  return state_->rust->lambda();
 }
-
-template <typename Dtype>
-void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
-    int iter, int iter_size) {
-  typedef LargeMarginInnerProductLayer<Dtype> MarginLayer;
-  std::map<string, MarginLayer*> layers;
-  for (int i = 0; i < net->layers().size(); ++i) {
-    MarginLayer* layer = dynamic_cast<MarginLayer*>(net->layers()[i].get());
-    if (layer) { layers[net->layer_names()[i]] = layer; }
-  }
-  if (layers.empty()) { return; }
-
-  const string hdf5 = ".h5";
-  if (state_file.size() < hdf5.size() || state_file.compare(
-      state_file.size() - hdf5.size(), hdf5.size(), hdf5) != 0) {
-    SolverState state;
-    ReadProtoFromBinaryFileOrDie(state_file, &state);
-    NetParameter model;
-    if (state.has_learned_net()) {
-      ReadProtoFromBinaryFileOrDie(state.learned_net(), &model);
-    }
-    for (int i = 0; i < model.layer_size(); ++i) {
-      const LayerParameter& saved = model.layer(i);
-      if (layers.count(saved.name())
-          && saved.largemargin_inner_product_param().has_iteration()) {
-        layers[saved.name()]->Resume(
-            saved.largemargin_inner_product_param().iteration());
-        layers.erase(saved.name());
-      }
-    }
-  }
-  // What no model tells: HDF5 snapshots, and those of the original layer.
-  const int64_t passes = static_cast<int64_t>(iter) * iter_size;
-  const int64_t most = std::numeric_limits<int>::max();
-  for (typename std::map<string, MarginLayer*>::iterator it = layers.begin();
-      it != layers.end(); ++it) {
-    it->second->ResumeAfter(static_cast<int>(std::min(passes, most)));
-  }
-}
-
-template void RestoreLargeMarginIteration<float>(Net<float>* net,
-    const string& state_file, int iter, int iter_size);
-template void RestoreLargeMarginIteration<double>(Net<double>* net,
-    const string& state_file, int iter, int iter_size);
 
 INSTANTIATE_CLASS(LargeMarginInnerProductLayer);
 REGISTER_LAYER_CLASS(LargeMarginInnerProduct);

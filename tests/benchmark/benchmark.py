@@ -177,7 +177,9 @@ def spread(values, form):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("caffe", help="the caffe tool")
     parser.add_argument("--old", metavar="FOLDER",
                         help="of another build's libcaffe.so")

@@ -38,7 +38,13 @@ fn library() -> PathBuf {
     static BUILT: Once = Once::new();
     BUILT.call_once(|| {
         let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-            .args(["build", "--locked", "--features", "emulated", "--target-dir"])
+            .args([
+                "build",
+                "--locked",
+                "--features",
+                "emulated",
+                "--target-dir",
+            ])
             .arg(target())
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .output()

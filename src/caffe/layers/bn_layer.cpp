@@ -1,3 +1,4 @@
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,7 @@ struct BNLayer<Dtype>::State {
   State(const string& param, Phase phase)
       : rust(lsoftmax::new_batch_norm(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()),
-            phase == TRAIN)) {}
+            phase == TRAIN)), warned(false) {}
 
   // Returns the number of channels.
   int Reshape(const Blob<Dtype>* bottom) {
@@ -56,6 +57,8 @@ struct BNLayer<Dtype>::State {
   }
 
   rust::Box<lsoftmax::BatchNorm> rust;
+  // Whether the log has the warning of a constant channel.
+  bool warned;
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
@@ -155,6 +158,21 @@ bool BNLayer<Dtype>::KeepsXHat() const {
 }
 
 template <typename Dtype>
+void BNLayer<Dtype>::WarnOfConstantChannel() {
+  if (state_->warned) { return; }
+  const int channel = lsoftmax::constant_channel(*state_->rust);
+  if (channel < 0) { return; }
+  state_->warned = true;
+  const double eps = this->layer_param_.bn_param().eps();
+  LOG_IF(WARNING, Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "': all values of channel " << channel
+      << " are the same in a batch, or there is only one, so its variance is "
+      << "0. The moving inverse standard deviation goes to 1/sqrt(eps) = "
+      << 1 / std::sqrt(eps) << ", by which the TEST phase multiplies: use "
+      << "larger batches, a larger eps, or frozen: true";
+}
+
+template <typename Dtype>
 void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
   Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
@@ -179,6 +197,7 @@ void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  WarnOfConstantChannel();
 }
 
 template <typename Dtype>
@@ -240,6 +259,7 @@ void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  WarnOfConstantChannel();
 }
 
 template <typename Dtype>

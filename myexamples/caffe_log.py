@@ -23,6 +23,12 @@ def is_diverged(loss):
     return not math.isfinite(loss) or abs(loss - SATURATED_LOSS) < 1e-3
 
 
+def duration(seconds):
+    """A time as h:mm:ss."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    return "%d:%02d:%02d" % (*divmod(minutes, 60), seconds)
+
+
 class Row:
     """One report of the log.
 

@@ -1,8 +1,11 @@
 """Caffe's protobuf messages, and what a solver's schedules mean."""
+import ctypes
 import importlib
 import math
 import os
+import subprocess
 import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -11,26 +14,50 @@ class UserError(Exception):
     """A mistake in the input; the message says what to do."""
 
 
-def load():
-    """The module caffe_pb2 of the built, patched Caffe.
+def compile_proto(source, folder):
+    """Makes caffe_pb2.py in folder from the caffe.proto at source."""
+    try:
+        done = subprocess.run(
+            ["protoc", "--proto_path=" + os.path.dirname(source),
+             "--python_out=" + folder, source],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise UserError("cannot run protoc: %s" % error.strerror)
+    if done.returncode:
+        raise UserError("protoc: " + done.stdout.strip())
 
-    It is imported by itself: the whole of pycaffe takes a second to load and
-    initialises logging.
-    """
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        ROOT, "build", "caffe")
-    folder = os.path.join(caffe_root, "python", "caffe", "proto")
-    if not os.path.exists(os.path.join(folder, "caffe_pb2.py")):
-        raise UserError("no built pycaffe in %s: run cmake/build_caffe.sh, or "
-                        "set CAFFE_ROOT to a Caffe with the plugin"
-                        % caffe_root)
+
+def import_from(folder):
+    """The module caffe_pb2 in folder, which does not stay on the path."""
     sys.path.insert(0, folder)
     try:
-        module = importlib.import_module("caffe_pb2")
+        return importlib.import_module("caffe_pb2")
     except ImportError as error:
         raise UserError("cannot load %s/caffe_pb2.py: %s" % (folder, error))
     finally:
         sys.path.remove(folder)
+
+
+def load():
+    """The module caffe_pb2 of the patched Caffe.
+
+    It is imported by itself: the whole of pycaffe takes a second to load and
+    initialises logging. Where pycaffe is not built (Make builds it apart from
+    Caffe), it is made from caffe.proto, and nothing is left of that.
+    """
+    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
+        ROOT, "build", "caffe")
+    folder = os.path.join(caffe_root, "python", "caffe", "proto")
+    source = os.path.join(caffe_root, "src", "caffe", "proto", "caffe.proto")
+    if os.path.exists(os.path.join(folder, "caffe_pb2.py")):
+        module = import_from(folder)
+    elif os.path.exists(source):
+        with tempfile.TemporaryDirectory() as made:
+            compile_proto(source, made)
+            module = import_from(made)
+    else:
+        raise UserError("no Caffe in %s: run cmake/build_caffe.sh, or set "
+                        "CAFFE_ROOT to a Caffe with the plugin" % caffe_root)
     if not hasattr(module, "LargeMarginInnerProductParameter"):
         raise UserError("the Caffe in %s has no LargeMarginInnerProduct: run "
                         "caffe_patch/apply.sh on it and build it again"
@@ -53,7 +80,17 @@ def read_text(path, message):
 
 def read_solver(pb, path):
     """The SolverParameter at path and its NetParameter."""
-    solver = read_text(path, pb.SolverParameter())
+    try:
+        solver = read_text(path, pb.SolverParameter())
+    except UserError:
+        try:
+            net = read_text(path, pb.NetParameter())
+        except UserError:
+            net = None
+        if net is None or not (net.layer or net.layers):
+            raise
+        raise UserError("%s is a net: give its solver, the prototxt with the "
+                        "line  net: \"%s\"" % (path, path))
     if solver.HasField("net_param"):
         return solver, solver.net_param
     if solver.HasField("train_net_param"):
@@ -90,6 +127,11 @@ def check_solver(solver, path):
     if solver.lr_policy in ("step", "sigmoid") and solver.stepsize < 1:
         raise UserError("%s: lr_policy \"%s\" needs a stepsize above 0"
                         % (path, solver.lr_policy))
+    for field in ("base_lr", "gamma", "power"):
+        value = getattr(solver, field)
+        # Of these, only power may be below 0.
+        if not (math.isfinite(value) and (field == "power" or value >= 0)):
+            raise UserError("%s: %s is %g" % (path, field, value))
     learning_rate(solver, 0)
 
 
@@ -106,32 +148,67 @@ def check_schedule(name, param):
                         "0: it must be at least 1" % name)
 
 
+def power(x, exponent):
+    """The pow of C for an x of at least 0: Python's own does not overflow."""
+    try:
+        return x ** exponent
+    except OverflowError:
+        return math.inf
+
+
+def steps(solver):
+    """The iterations at which "multistep" lets the learning rate drop.
+
+    Caffe takes the values in their order, and one an iteration.
+    """
+    taken = []
+    for value in solver.stepvalue:
+        taken.append(max([value] + [step + 1 for step in taken[-1:]]))
+    return taken
+
+
 def learning_rate(solver, iteration):
-    """The learning rate of the solver in that iteration (from 0)."""
-    base, gamma, power = solver.base_lr, solver.gamma, solver.power
+    """The learning rate of the solver in that iteration (from 0).
+
+    Where the schedule overflows it is inf or 0, as in Caffe.
+    """
+    base, gamma = solver.base_lr, solver.gamma
     policy = solver.lr_policy
     if policy == "fixed":
-        return base
-    if policy == "step":
-        return base * gamma ** (iteration // solver.stepsize)
-    if policy == "exp":
-        return base * gamma ** iteration
-    if policy == "inv":
-        return base * (1 + gamma * iteration) ** -power
-    if policy == "multistep":
-        return base * gamma ** sum(s <= iteration for s in solver.stepvalue)
-    if policy == "poly":
-        return base * (1 - iteration / solver.max_iter) ** power
-    if policy == "sigmoid":
-        return base / (1 + math.exp(-gamma * (iteration - solver.stepsize)))
-    raise UserError("lr_policy \"%s\" is none of Caffe's" % policy)
+        rate = base
+    elif policy == "step":
+        rate = base * power(gamma, iteration // solver.stepsize)
+    elif policy == "exp":
+        rate = base * power(gamma, iteration)
+    elif policy == "inv":
+        rate = base * power(1 + gamma * iteration, -solver.power)
+    elif policy == "multistep":
+        rate = base * power(gamma, sum(step <= iteration
+                                       for step in steps(solver)))
+    elif policy == "poly":
+        rate = base * power(1 - iteration / solver.max_iter, solver.power)
+    elif policy == "sigmoid":
+        rate = base / (1 + power(math.e,
+                                 -gamma * (iteration - solver.stepsize)))
+    else:
+        raise UserError("lr_policy \"%s\" is none of Caffe's" % policy)
+    # Caffe's is a float.
+    return ctypes.c_float(rate).value
+
+
+def drops(solver):
+    """The iterations at which the learning rate steps down."""
+    if solver.lr_policy == "step":
+        return list(range(solver.stepsize, solver.max_iter, solver.stepsize))
+    if solver.lr_policy == "multistep":
+        return [step for step in steps(solver) if step < solver.max_iter]
+    return []
 
 
 def first_drop(solver):
     """The iteration of the first step down of the learning rate, or None."""
-    steps = {"step": [solver.stepsize], "multistep": solver.stepvalue}
-    steps = steps.get(solver.lr_policy, [])
-    return min(steps) if steps and min(steps) < solver.max_iter else None
+    found = drops(solver)
+    return found[0] if found else None
 
 
 def margin(param):

@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 
 
 def psi(theta, m):
-    """psi of the paper, equation 5, for angles in [0, pi]."""
+    """psi of the paper, equation 6, for angles in [0, pi]."""
     k = np.minimum(np.floor(m * theta / np.pi), m - 1)
     return (-1.0) ** k * np.cos(m * theta) - 2 * k
 
@@ -38,20 +38,43 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def draw(margins, lambdas):
+    """A figure with a curve for each margin and lambda, named at its end."""
     theta = np.linspace(0, np.pi, 721)
     figure, axis = plt.subplots(figsize=(6, 4.5), constrained_layout=True)
-    for m in args.m:
-        for value in args.lambdas:
-            axis.plot(np.degrees(theta),
-                      (value * np.cos(theta) + psi(theta, m)) / (1 + value),
-                      label="m = %d, lambda = %g" % (m, value))
+    ends = []
+    for m in margins:
+        for value in lambdas:
+            mixture = (value * np.cos(theta) + psi(theta, m)) / (1 + value)
+            line, = axis.plot(np.degrees(theta), mixture)
+            name = "m = %d" % m
+            if lambdas != [0]:
+                name += ", lambda = %g" % value
+            ends.append((mixture[-1], name, line.get_color()))
     axis.set_xlabel("theta, degrees")
-    axis.set_ylabel("psi(theta)")
+    if lambdas == [0]:
+        axis.set_ylabel("psi(theta)")
+    else:
+        axis.set_ylabel("(lambda cos(theta) + psi(theta)) / (1 + lambda)")
     axis.set_xticks(range(0, 181, 30))
+    axis.set_xlim(0, 180)
     axis.grid(alpha=0.3)
-    axis.legend()
+    # Names that would lie on each other are moved apart.
+    low, high = axis.get_ylim()
+    gap = 0.045 * (high - low)
+    place = -np.inf
+    for value, name, colour in sorted(ends):
+        place = max(value, place + gap)
+        axis.annotate(name, (180, value), (186, place), va="center",
+                      fontsize="small", color=colour, annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", color=colour,
+                                      linewidth=0.6, relpos=(0, 0.5)))
+    return figure
+
+
+def main():
+    args = parse_args()
+    figure = draw(args.m, args.lambdas)
     try:
         figure.savefig(args.output, dpi=100)
     except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ import sys
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from caffe_log import History  # noqa: E402
 
@@ -40,10 +41,16 @@ def draw(history, title):
                         else panel[0][0])
         if len(panel) > 1:
             axis.legend()
-        if panel[0][0] == "lambda" and min(panel[0][1][1]) > 0:
+        values = panel[0][1][1]
+        # Over less than a decade, a log scale has no tick or crowded ones.
+        if panel[0][0] == "lambda" and 0 < 10 * min(values) < max(values):
             axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", useOffset=False, style="plain")
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("iteration")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1, 0].ticklabel_format(axis="x", useOffset=False, style="plain")
     figure.suptitle(title)
     return figure
 

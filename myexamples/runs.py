@@ -3,6 +3,7 @@
 A run that came to its end is kept: run again, only the missing ones train.
 """
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,11 +12,38 @@ import caffe_log
 import caffe_proto
 from caffe_proto import ROOT, UserError
 
+DESCENT = ("base", "gamma", "power", "lambda_min")
+
+
+def from_root(path):
+    """path as Caffe is given it: from the root, where it is below that.
+
+    A finished run stays one when its project moves.
+    """
+    path = os.path.abspath(path)
+    inside = os.path.relpath(path, ROOT)
+    return path if inside.startswith(os.pardir) else inside
+
+
+def read_or_none(path):
+    """The text of a file, or None where there is none."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
 
 class Run:
-    """One variant: margin m and random_seed in the folder path."""
+    """One variant: margin m and random_seed, in the folder path.
 
-    def __init__(self, pb, solver_path, path, margin, seed):
+    descent maps fields of DESCENT to the values that the net gets in place of
+    its own; m = 1 has no descent. sources maps LMDBs that the net names to
+    those that it gets.
+    """
+
+    def __init__(self, pb, solver_path, path, margin, seed, descent=None,
+                 sources=None):
         self.path, self.margin, self.seed = path, margin, seed
         self.log = os.path.join(path, "train.log")
         self.solver, self.net = caffe_proto.read_solver(pb, solver_path)
@@ -26,35 +54,77 @@ class Run:
             raise UserError("the net of %s has %d LargeMarginInnerProduct "
                             "layers in the TRAIN phase; it must have one"
                             % (solver_path, len(layers)))
-        layers[0].largemargin_inner_product_param.margin = margin
+        param = layers[0].largemargin_inner_product_param
+        if margin == 1:
+            # Without a descent, so that no other one makes it another net.
+            descent = {"base": 0}
+        if descent is not None:
+            for field in DESCENT:
+                param.ClearField(field)
+            for field, value in descent.items():
+                setattr(param, field, value)
+            caffe_proto.check_schedule(layers[0].name, param)
+        param.ClearField("type")
+        param.margin = margin
+        self.replace_sources(sources or {}, solver_path)
         for field in ("net", "train_net", "net_param", "train_net_param",
                       "snapshot"):
             self.solver.ClearField(field)
-        self.solver.net = os.path.join(path, "net.prototxt")
-        self.solver.snapshot_prefix = os.path.join(path, "model")
+        inside = from_root(path)
+        self.solver.net = os.path.join(inside, "net.prototxt")
+        self.solver.snapshot_prefix = os.path.join(inside, "model")
         self.solver.random_seed = seed
         self.solver.solver_mode = pb.SolverParameter.CPU
-        self.model = "%s_iter_%d.caffemodel" % (
-            self.solver.snapshot_prefix, self.solver.max_iter)
+        self.model = os.path.join(
+            path, "model_iter_%d.caffemodel" % self.solver.max_iter)
+
+    def replace_sources(self, sources, solver_path):
+        """Gives the data layers other LMDBs."""
+        for old, new in sources.items():
+            layers = [layer for layer in self.net.layer
+                      if layer.data_param.source == old]
+            if not layers:
+                raise UserError("the net of %s has no data layer that reads "
+                                "%s" % (solver_path, old))
+            for layer in layers:
+                layer.data_param.source = new
 
     def texts(self):
         """The prototxts of the run, by path."""
         from google.protobuf import text_format
-        return {self.solver.net: text_format.MessageToString(self.net),
+        return {os.path.join(self.path, "net.prototxt"):
+                    text_format.MessageToString(self.net),
                 os.path.join(self.path, "solver.prototxt"):
                     text_format.MessageToString(self.solver)}
 
+    def dataset(self):
+        """The name of the images that it is trained on; "" if unknown."""
+        for layer in self.net.layer:
+            if layer.data_param.source:
+                name = read_or_none(os.path.join(
+                    ROOT, layer.data_param.source, "dataset.txt"))
+                return (name or "").strip()
+        return ""
+
     def is_done(self):
-        """Whether these very prototxts were trained to the end."""
-        for path, text in self.texts().items():
-            try:
-                with open(path) as file:
-                    if file.read() != text:
-                        return False
-            except OSError:
-                return False
-        return (os.path.exists(os.path.join(self.path, "done"))
-                and os.path.exists(self.model))
+        """Whether these very prototxts were trained to the end.
+
+        Raises UserError where the folder has another finished run: that is
+        not for this one to overwrite.
+        """
+        images = read_or_none(os.path.join(self.path, "done"))
+        if images is None:
+            return False
+        if any(read_or_none(path) != text
+               for path, text in self.texts().items()):
+            raise UserError("%s has a finished run of another net or solver: "
+                            "move it away, or name another folder with -o"
+                            % from_root(self.path))
+        if images.strip() and images.strip() != self.dataset():
+            raise UserError("%s was trained on %s: move it away to train on "
+                            "%s" % (from_root(self.path), images.strip(),
+                                    self.dataset() or "other images"))
+        return os.path.exists(self.model)
 
     def start(self, caffe):
         """The process that trains the net."""
@@ -78,13 +148,15 @@ class Run:
     def finish(self, status):
         """Keeps the run, or says why it failed."""
         history = self.history()
-        if status != 0 or not history.test:
+        if (status != 0 or not history.test or not history.train
+                or not os.path.exists(self.model)):
             raise UserError("the training in %s failed (status %d); its log "
                             "is %s" % (self.path, status, self.log))
         if caffe_log.is_diverged(history.train[-1].values["loss"]):
             print("warning: m = %d, seed %d diverged"
                   % (self.margin, self.seed), flush=True)
-        open(os.path.join(self.path, "done"), "w").close()
+        with open(os.path.join(self.path, "done"), "w") as file:
+            file.write(self.dataset() + "\n")
 
     def history(self):
         """What the log says."""
@@ -101,6 +173,23 @@ class Run:
         return self.history().accuracies()[1][-1]
 
 
+class Left:
+    """The time that all runs still take, from what they have done so far."""
+
+    def __init__(self, iterations):
+        self.iterations, self.ended = iterations, 0
+        self.start = time.monotonic()
+
+    def text(self, running):
+        """The time left, after running iterations of unfinished runs."""
+        done = self.ended + running
+        if not done:
+            return ""
+        passed = time.monotonic() - self.start
+        return "; %s left" % caffe_log.duration(
+            passed / done * (self.iterations - done))
+
+
 class Progress:
     """The state of all runs: one line that stays, or one now and then."""
 
@@ -109,13 +198,21 @@ class Progress:
         self.shown = time.monotonic()
 
     def show(self, text):
+        """Shows what text() returns, if it is time to."""
         if time.monotonic() - self.shown < self.every:
             return
         self.shown = time.monotonic()
         if sys.stdout.isatty():
-            print("\r\033[K" + text, end="", flush=True)
+            # A line that is broken cannot be taken back.
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\033[K" + text()[:width], end="", flush=True)
         else:
-            print(text, flush=True)
+            print(text(), flush=True)
+
+    def clear(self):
+        """Takes the line away that stays."""
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)
 
     def say(self, text):
         """A line of its own."""
@@ -135,6 +232,7 @@ def train_all(runs, jobs):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)
     total, finished, active = len(waiting), 0, {}
+    left = Left(sum(run.solver.max_iter for run in waiting))
     progress = Progress()
     try:
         while waiting or active:
@@ -148,14 +246,17 @@ def train_all(runs, jobs):
                 del active[run]
                 run.finish(process.returncode)
                 finished += 1
+                left.ended += run.solver.max_iter
                 progress.say("%d/%d: m = %d, seed %d: test accuracy %.4f" % (
                     finished, total, run.margin, run.seed, run.accuracy()))
             if active:
-                progress.show("    " + ", ".join(
+                progress.show(lambda: "    %s%s" % (", ".join(
                     "m = %d, seed %d: %d/%d" % (
                         run.margin, run.seed, run.iteration(),
-                        run.solver.max_iter) for run in active))
+                        run.solver.max_iter) for run in active), left.text(
+                            sum(run.iteration() for run in active))))
     finally:
+        progress.clear()
         for process in active.values():
             process.terminate()
         for process in active.values():

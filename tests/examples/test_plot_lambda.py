@@ -1,8 +1,11 @@
 """plot_lambda.py and plot_psi.py on solvers whose lambda is known."""
+import glob
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -70,7 +73,7 @@ def test_table_and_plot(solver):
     done = plot_lambda(path)
     assert done.returncode == 0, done.stdout
     assert "m = 4" in done.stdout
-    assert "warning" not in done.stdout
+    assert "warning: " not in done.stdout
     rows = table(done.stdout)
     assert {0, 4000, 8000, 9999} <= set(rows)
     for iteration, (rate, value, weight) in rows.items():
@@ -91,21 +94,49 @@ def test_iteration_iter_size_and_minimum(solver):
     assert rows[9999][1] == 7
 
 
+# lambda below 1 from iteration 899 of 10000 on, before the drop at 4000.
+FAST = "margin: 4 base: 1000 gamma: 0.01 power: 3"
+
+
 @pytest.mark.parametrize("param, warning", [
     ("margin: 3 base: 1000", "lambda is still 1000 at the end (gamma and"),
     ("margin: 3 base: 1000 gamma: 0.0001 power: 2", "is still 250 at the end"),
-    (GOOD + " lambda_min: 20", "lambda is still 20 at the end (lambda_min"),
-    ("margin: 3 base: 1000 gamma: 0.0001 power: 40",
-     "falls below 1 at iteration 1885, before the first drop of the learning "
-     "rate at 4000"),
-    ("margin: 2 base: 0", "below 1 from the first iteration"),
-    ("margin: 1 base: 1000", "plain softmax"),
+    # As long as lambda_min is not what keeps it.
+    ("margin: 3 base: 1000 gamma: 0.0001 power: 2 lambda_min: 5",
+     "is still 250 at the end"),
+    ("margin: 3 base: 1.02 gamma: 0.0001 power: 0.02",
+     "lambda is still 1.006 at the end: the margin has a weight of only 0.5"),
+    ("margin: 2 base: 0", "1 or less from the first iteration on"),
+    ("margin: 2 base: 1000 gamma: 0.21 power: 3", "1 or less after 42 iter"),
 ])
 def test_warnings(solver, param, warning):
     done = plot_lambda(solver(param))
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("warning: lm: ") == 1
-    assert warning in done.stdout
+    assert done.stdout.count("warning: ") == 1
+    assert "warning: lm: " in done.stdout and warning in done.stdout
+    assert "note" not in done.stdout
+
+
+@pytest.mark.parametrize("param, note", [
+    (FAST, None),
+    ("margin: 4 base: 1000 gamma: 0.17 power: 3", None),
+    ("margin: 3 base: 1.02 gamma: 0.0001 power: 0.04", None),
+    (GOOD + " lambda_min: 20", "lambda_min keeps lambda at 20 from iteration "
+     "3854 on: the margin's weight ends at 0.048"),
+    # The schedule of sphereface: small early, and no smaller on purpose.
+    ("margin: 4 base: 1000 gamma: 0.12 power: 1 lambda_min: 5",
+     "lambda_min keeps lambda at 5 from iteration 1658 on"),
+    ("margin: 1 base: 1000", "m is 1: this is plain softmax"),
+    # Goes on by hand from a snapshot of long ago.
+    (GOOD + " iteration: 9000", None),
+])
+def test_no_warning_without_a_reason(solver, param, note):
+    done = plot_lambda(solver(param))
+    assert done.returncode == 0, done.stdout
+    assert "warning: " not in done.stdout
+    if note:
+        assert "note: lm: " + note in done.stdout
+    assert done.stdout.count("note: ") == bool(note)
 
 
 def suggested(text):
@@ -122,7 +153,7 @@ def test_suggestion_hits_both_points(solver, final):
     assert base * (1 + gamma * 10000) ** -power == pytest.approx(
         final, rel=0.02)
     assert base * (1 + gamma * 4000) ** -power == pytest.approx(15, rel=0.05)
-    assert "warning" not in done.stdout
+    assert "warning: " not in done.stdout
 
 
 # No drop, or one too late for lambda to pass 15 there.
@@ -136,16 +167,152 @@ def test_suggestion_without_a_useful_drop(solver, policy):
         0.5, rel=0.02)
 
 
-def test_reads_the_examples(tmp_path, caffe_root):
-    for name in ("mnist/mnist_solver", "mnist/quick_solver",
-                 "cifar10/cifar10_solver", "cifar10+/model/cifar10+_solver"):
-        done = run("plot_lambda.py",
-                   os.path.join(ROOT, "myexamples", name + ".prototxt"),
-                   cwd=str(tmp_path))
-        assert done.returncode == 0, done.stdout
-        assert "warning" not in done.stdout
-        assert (tmp_path / (os.path.basename(name) + "_lambda.png")).exists()
+def test_a_net_is_no_solver(solver, tmp_path):
+    solver(GOOD)
+    net = tmp_path / "a net.prototxt"
+    done = plot_lambda(net)
+    assert done.returncode == 1
+    assert done.stdout == (
+        'error: %s is a net: give its solver, the prototxt with the line  '
+        'net: "%s"\n' % (net, net))
+    net.write_text("layer { nam: 1 }")
+    assert "SolverParameter" in plot_lambda(net).stdout
 
+
+def test_without_pycaffe(solver, tmp_path, caffe_root):
+    """A tree that Make has built has no caffe_pb2.py until `make pycaffe`."""
+    root = tmp_path / "a caffe"
+    proto = root / "src/caffe/proto/caffe.proto"
+    proto.parent.mkdir(parents=True)
+    proto.symlink_to(caffe_root + "/src/caffe/proto/caffe.proto")
+    path = solver(GOOD)
+    before = sorted(root.rglob("*"))
+    for source in (caffe_root, root):
+        done = subprocess.run(
+            [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=dict(os.environ, CAFFE_ROOT=str(source)))
+        assert done.returncode == 0, done.stdout
+        assert "m = 4" in done.stdout
+    assert sorted(root.rglob("*")) == before
+    proto.unlink()
+    proto.write_text("message broken")
+    done = subprocess.run(
+        [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=dict(os.environ, CAFFE_ROOT=str(root)))
+    assert done.returncode == 1 and done.stdout.startswith("error: protoc: ")
+
+
+def test_the_plot_goes_beside_the_solver(solver, tmp_path):
+    path = solver(GOOD)
+    done = run("plot_lambda.py", path, cwd=str(tmp_path / ".."))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "solver_lambda.png").exists()
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "check-ignore", "-q",
+         "myexamples/mnist/mnist_solver_lambda.png"])
+    assert ignored.returncode in (0, 128)  # 128: not a clone
+
+
+@pytest.mark.parametrize("path", sorted(
+    glob.glob(os.path.join(ROOT, "myexamples", "*", "*solver.prototxt"))
+    + glob.glob(os.path.join(ROOT, "myexamples", "*", "model",
+                             "*solver.prototxt"))),
+    ids=lambda path: os.path.relpath(path, os.path.join(ROOT, "myexamples")))
+def test_reads_the_examples(tmp_path, caffe_root, path):
+    done = run("plot_lambda.py", path, cwd=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    # Those two do not train with the descent that stands in their net, or not
+    # long enough for it.
+    if os.path.basename(path) not in ("compare_solver.prototxt",
+                                      "quick_solver.prototxt"):
+        assert "warning: " not in done.stdout
+    plot = os.path.basename(path).replace(".prototxt", "_lambda.png")
+    assert (tmp_path / plot).exists()
+
+
+POLICIES = [
+    ('"fixed"', lambda i: 0.1),
+    ('"step" gamma: 0.1 stepsize: 3000', lambda i: 0.1 * 0.1 ** (i // 3000)),
+    ('"step" gamma: 0.9 stepsize: 1', lambda i: 0.1 * 0.9 ** i),
+    ('"exp" gamma: 0.999', lambda i: 0.1 * 0.999 ** i),
+    ('"exp" gamma: 1.5', lambda i: 0.1 if i == 0 else math.inf),
+    ('"exp" gamma: 0', lambda i: 0.1 if i == 0 else 0),
+    ('"inv" gamma: 0.001 power: 0.75',
+     lambda i: 0.1 * (1 + 0.001 * i) ** -0.75),
+    ('"inv" gamma: 1e30 power: -20', lambda i: 0.1 if i == 0 else math.inf),
+    ('"poly" power: 2', lambda i: 0.1 * (1 - i / 10000) ** 2),
+    ('"sigmoid" gamma: -0.01 stepsize: 5000', None),
+    ('"sigmoid" gamma: 0.01 stepsize: 5000',
+     lambda i: 0.1 / (1 + math.exp(-0.01 * (i - 5000)))),
+    # exp(5000) is inf, so the rate is 0 at first.
+    ('"sigmoid" gamma: 1 stepsize: 5000',
+     lambda i: 0.1 / (1 + math.exp(5000 - i)) if i > 4500 else 0),
+    ('"multistep" gamma: 0.1', lambda i: 0.1),
+    # Caffe takes them in their order, one an iteration.
+    ('"multistep" gamma: 0.1 stepvalue: 4000 stepvalue: 3000 stepvalue: 4000',
+     lambda i: 0.1 * 0.1 ** ((i >= 4000) + (i >= 4001) + (i >= 4002))),
+]
+
+
+@pytest.mark.parametrize("policy, rate", POLICIES)
+def test_every_policy_is_drawn(solver, policy, rate, capsys, monkeypatch):
+    import plot_lambda as tool
+    text = 'net: "%%s" base_lr: 0.1 max_iter: 10000 lr_policy: %s %%s' % policy
+    path = solver(GOOD, text=text)
+    png = path.parent / "out.png"
+    monkeypatch.setenv("CAFFE_ROOT", CAFFE_ROOT)
+    monkeypatch.setattr(sys, "argv", ["plot_lambda.py", str(path), "-o",
+                                      str(png)])
+    if rate is None:
+        with pytest.raises(SystemExit, match="prototxt: gamma is -0.01"):
+            tool.main()
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tool.main()
+    rows = table(capsys.readouterr().out)
+    assert len(rows) >= 13
+    for iteration, (shown, _, _) in rows.items():
+        # Caffe's is a float, whose smallest is near 1e-45.
+        assert shown == pytest.approx(rate(iteration), rel=1e-3, abs=2e-45)
+    assert Image.open(str(png)).size == (800, 450)
+
+
+@pytest.mark.parametrize("policy", [
+    '"exp" gamma: 100', '"sigmoid" gamma: 10 stepsize: 15',
+    '"inv" gamma: 0.1 power: 0.75', '"poly" power: 2',
+    '"multistep" gamma: 0.1 stepvalue: 4 stepvalue: 3 stepvalue: 9'])
+def test_rate_is_that_of_caffe(tmp_path, caffe_root, policy):
+    """The log of the built Caffe shows the same."""
+    import caffe_proto
+    solver = tmp_path / "solver.prototxt"
+    # A net of one weight.
+    solver.write_text('''
+net_param {
+  layer { name: "one" type: "DummyData" top: "one"
+          dummy_data_param { shape { dim: 1 dim: 1 } } }
+  layer { name: "ip" type: "InnerProduct" bottom: "one" top: "ip"
+          inner_product_param { num_output: 1 } }
+  layer { name: "loss" type: "EuclideanLoss" bottom: "ip" bottom: "one"
+          top: "loss" }
+}
+base_lr: 0.1 max_iter: 20 display: 1 snapshot_after_train: false
+solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
+''' % (tmp_path, policy))
+    done = subprocess.run(
+        [os.path.join(caffe_root, "build/tools/caffe"), "train",
+         "--solver=%s" % solver], env=dict(os.environ, GLOG_logtostderr="1"),
+        stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rates = [float(value) for value in re.findall(
+        r"Iteration \d+, lr = (\S+)", done.stderr)]
+    assert len(rates) == 20
+    param = caffe_proto.read_solver(caffe_proto.load(), str(solver))[0]
+    caffe_proto.check_solver(param, "solver")
+    ours = [caffe_proto.learning_rate(param, i) for i in range(20)]
+    assert ours == pytest.approx(rates, rel=1e-5, abs=1e-38)
 
 @pytest.mark.parametrize("param, extra, message", [
     ("no_such: 1", "", 'a net.prototxt:4:52 : Message type "caffe.'),
@@ -206,6 +373,26 @@ def test_psi_is_continuous_and_falls():
     # On the first segment it is cos(m theta).
     first = theta[theta < np.pi / 4]
     assert np.allclose(psi(first, 4), np.cos(4 * first))
+
+
+@pytest.mark.parametrize("lambdas, axis_name, names", [
+    ([0], "psi(theta)", ["m = 4", "m = 1"]),
+    ([0, 5], "(lambda cos(theta) + psi(theta)) / (1 + lambda)",
+     ["m = 4, lambda = 0", "m = 4, lambda = 5", "m = 1, lambda = 0",
+      "m = 1, lambda = 5"]),
+])
+def test_psi_names_its_curves_where_they_end(lambdas, axis_name, names):
+    from plot_psi import draw
+    axis, = draw([1, 4], lambdas).axes
+    assert axis.get_ylabel() == axis_name
+    assert [text.get_text() for text in axis.texts] == names
+    ends = [line.get_ydata()[-1] for line in axis.get_lines()]
+    assert sorted(text.xy[1] for text in axis.texts) == sorted(ends)
+    # At the curve of that name, and not on each other.
+    places = [text.get_position()[1] for text in axis.texts]
+    assert min(np.diff(places)) > 0.3
+    for text, place in zip(axis.texts, places):
+        assert text.xy[1] <= place < text.xy[1] + 1
 
 
 def test_psi_plot(tmp_path):

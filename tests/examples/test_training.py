@@ -4,16 +4,19 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import ROOT
 from mirror import Mirror
 from small_mnist import expect, small_mnist
-from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
-    pack
+
+for folder in ("mnist", "mnist_2d"):
+    sys.path.insert(0, os.path.join(ROOT, "myexamples", folder))
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
@@ -25,6 +28,8 @@ def quick_to_train(tree):
     expect(tree, files)
     tree.replace("mnist/quick_solver.prototxt", test_iter=1, test_interval=10,
                  display=5, max_iter=20, snapshot=10)
+    tree.replace("mnist/compare_solver.prototxt", test_iter=1,
+                 test_interval=4, display=2, max_iter=4)
     with Mirror(files) as mirror:
         tree.env = {"MNIST_MIRRORS": mirror.url}
         yield tree
@@ -167,76 +172,220 @@ def test_lmdb_is_made_whole_or_not_at_all(mnist):
     assert made.stat().st_mtime_ns == before
 
 
-PAPER = {
-    "mnist": ("mnist/mnist_solver.prototxt", "mnist/train_mnist.sh",
-              "mnist/mnist_snapshot/mnist", 4),
-    "cifar10": ("cifar10/cifar10_solver.prototxt", "cifar10/train_cifar10.sh",
-                "cifar10/cifar10_snapshot/cifar10", 2),
-    "cifar10+": ("cifar10+/model/cifar10+_solver.prototxt",
-                 "cifar10+/train_cifar10+.sh",
-                 "cifar10+/cifar10+_snapshot/cifar10+", 2),
-}
+def test_lmdbs_of_another_data_set(mnist):
+    """What was asked for on purpose is not taken to be there."""
+    assert mnist.run("mnist/create_mnist.sh", env=mnist.env).returncode == 0
+    done = mnist.run("mnist/create_mnist.sh", "--fashion", env=mnist.env)
+    assert done.returncode == 1
+    assert "mnist_train_lmdb holds MNIST: move it, " in done.stdout
+    assert "away to get Fashion-MNIST" in done.stdout
 
 
-@pytest.mark.parametrize("example", sorted(PAPER))
-def test_paper_nets_train_two_iterations(mnist, example):
-    solver, script, prefix, margin = PAPER[example]
-    mnist.replace(solver, test_iter=1, test_interval=2, display=1, max_iter=2,
-                  solver_mode="CPU")
-    archive = pack(make_batches())
-    expect_cifar(mnist, archive)
-    with Mirror({ARCHIVE: archive}) as mirror:
-        env = dict(mnist.env, CIFAR10_MIRRORS=mirror.url)
-        done = mnist.run(script, env=env, timeout=600)
-        assert done.returncode == 0, done.stdout
-        assert mnist.path(prefix + "_iter_2.caffemodel").exists()
-        assert "test accuracy: " in done.stdout
-        again = mnist.run(script, env=env)
-        assert again.returncode == 1
-        assert "go on with --snapshot=myexamples/%s_iter_2.solverstate" \
-            % prefix in again.stdout
-    log = mnist.path(os.path.dirname(prefix), "train.log").read_text()
-    assert re.search(r"lambda = 99\d", log)
-    losses = [float(x) for x in re.findall(r"\), loss = (\S+)", log)]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-
-
-def test_old_path_of_the_cifar10_plus_net(tree):
-    """The original solver names cifar10+/14/, the folder model/ of old."""
-    assert tree.path("cifar10+/14").is_symlink()
-    assert tree.path("cifar10+/14").samefile(tree.path("cifar10+/model"))
+def compare(mnist, *args):
+    return mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
 
 
 def test_comparison(mnist):
     args = ["-m", "1", "3", "--seeds", "2", "-j", "2"]
-    done = mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
+    done = compare(mnist, *args)
     assert done.returncode == 0, done.stdout
-    rows = re.findall(r"^\| (\d) \| (\S+) \| (\S+) \| (\S+) (\S+) \|$",
-                      done.stdout, re.M)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in done.stdout.splitlines()
+            if re.match(r"\| \d \|", line)]
     assert [row[0] for row in rows] == ["1", "3"]
-    for _, mean, deviation, *errors in rows:
-        errors = np.array(errors, float)
-        assert float(mean) == pytest.approx(errors.mean(), abs=0.006)
-        assert float(deviation) == pytest.approx(errors.std(ddof=1), abs=0.01)
+    errors = [np.array(row[6].split(), float) for row in rows]
+    for row, values in zip(rows, errors):
+        assert float(row[1]) == pytest.approx(values.mean(), abs=0.006)
+        assert float(row[2]) == pytest.approx(values.std(ddof=1), abs=0.01)
+    assert rows[0][3:6] == ["-", "-", "-"]
+    assert float(rows[1][3]) == pytest.approx(
+        (errors[1] - errors[0]).mean(), abs=0.01)
+    plot = done.stdout.splitlines()[-1].split("plot: ", 1)[1]
+    assert Image.open(plot).size == (900, 400)
     folder = mnist.path("mnist/comparison/m3_seed2")
-    assert "margin: 3" in (folder / "net.prototxt").read_text()
+    assert plot == str(folder.parent / "comparison.png")
+    net = (folder / "net.prototxt").read_text()
+    assert "margin: 3" in net and "gamma: 0.01" in net
     assert "random_seed: 2" in (folder / "solver.prototxt").read_text()
 
     # One run undone: only that one trains again, to the same result.
     (folder / "done").unlink()
-    again = mnist.run("mnist/compare_margins.sh", *args, env=mnist.env)
+    again = compare(mnist, *args)
     assert "3 of 4 runs are done already" in again.stdout
     assert "1/1: m = 3, seed 2: test accuracy" in again.stdout
-    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    assert again.stdout.splitlines()[-5:] == done.stdout.splitlines()[-5:]
+
+    # Another descent: softmax has none, so its runs count there too.
+    gamma = compare(mnist, *args, "--gamma", "0.02")
+    assert "2 of 4 runs are done already" in gamma.stdout
+    other = mnist.path("mnist/comparison/m3_seed2_gamma0.02/net.prototxt")
+    assert "gamma: 0.02" in other.read_text()
+    assert gamma.stdout.splitlines()[-1].endswith("comparison_gamma0.02.png")
+    assert "4 of 4 runs are done already" in compare(mnist, *args).stdout
+
+    # In a tree that moved, all of them are still the same.
+    moved = mnist.root.parent / "moved"
+    mnist.root.rename(moved)
+    mnist.root = moved
+    assert "4 of 4 runs are done already" in compare(mnist, *args).stdout
+
+    # Other images, another solver: no finished run is lost to them.
+    before = (moved / "myexamples/mnist/comparison/m1_seed1/train.log"
+              ).read_text()
+    dataset = mnist.path("mnist/mnist_train_lmdb/dataset.txt")
+    name = dataset.read_text()
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    refused = compare(mnist, *args)
+    assert refused.returncode == 1
+    assert "error: myexamples/mnist/comparison/m1_seed1 was trained on " \
+        "%s: move it away to train on Others" % name.strip() in refused.stdout
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text(name)
+    mnist.replace("mnist/compare_solver.prototxt", base_lr=0.01)
+    refused = compare(mnist, *args)
+    assert refused.returncode == 1
+    assert "m1_seed1 has a finished run of another net or solver" \
+        in refused.stdout
+    assert mnist.path("mnist/comparison/m1_seed1/train.log").read_text() \
+        == before
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
+    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["--solver", "none.prototxt"], "cannot read none.prototxt"),
+])
+def test_comparison_of_nonsense(tree, args, message):
+    done = tree.run("mnist/compare_margins.py", *args)
+    assert done.returncode != 0
+    assert message in done.stdout and "Traceback" not in done.stdout
+    assert not tree.path("mnist/comparison").exists()
+
+
+def test_paired_difference_and_its_interval():
+    """By the book: mean 0.1, sd 0.1, n = 4, t(0.975, 3) = 3.1824."""
+    from compare_margins import Result
+    softmax = [1.0, 2.0, 3.0, 4.0]
+    found = Result(2, [1.0, 2.2, 3.1, 4.1], softmax)
+    half = 3.18245 * np.std([0, 0.2, 0.1, 0.1], ddof=1) / 2
+    assert found.difference == pytest.approx(0.1)
+    assert found.interval == pytest.approx((0.1 - half, 0.1 + half),
+                                           abs=1e-5)
+    # Their t is 2.449 with 3 degrees of freedom.
+    assert found.p == pytest.approx(0.0917, abs=1e-3)
+    # The same difference in each: there is no spread to judge by.
+    assert Result(2, [1.5, 2.5], [1.0, 2.0]).interval is None
+    assert Result(2, [1.5], [1.0]).interval is None
+
+
+def cut(path, record):
+    """The items of an idx file as one byte string each."""
+    data = path.read_bytes()
+    count = int.from_bytes(data[4:8], "big")
+    head = len(data) - count * record
+    assert head in (8, 16)
+    return [data[head + i * record:head + (i + 1) * record]
+            for i in range(count)]
+
+
+def records(lmdb, caffe_root):
+    """The (label, pixels) of an LMDB in their order, as Caffe reads them."""
+    code = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1] + "/python")
+import caffe
+net = caffe.Net(sys.argv[2], caffe.TEST)
+out = []
+for _ in range(int(sys.argv[3])):
+    net.forward()
+    out.append(bytes([int(net.blobs["label"].data[0])])
+               + net.blobs["data"].data.astype(np.uint8).tobytes())
+sys.stdout.buffer.write(b"".join(out))
+"""
+    net = lmdb.parent / "read.prototxt"
+    net.write_text("""layer {
+        name: "data" type: "Data" top: "data" top: "label"
+        data_param { source: "%s" batch_size: 1 backend: LMDB } }""" % lmdb)
+    count = {"mnist_fit_lmdb": 167, "mnist_validation_lmdb": 33}[lmdb.name]
+    # One more: a data layer begins again after the last image.
+    raw = subprocess.run(
+        ["/usr/bin/python3", "-c", code, caffe_root, str(net),
+         str(count + 1)], env=dict(os.environ, GLOG_minloglevel="2"),
+        stdout=subprocess.PIPE, check=True, timeout=60).stdout
+    found = [raw[i:i + 785] for i in range(0, len(raw), 785)]
+    assert found.pop() == found[0]
+    return found
+
+
+def test_validation_is_the_last_sixth_of_the_training_images(mnist,
+                                                             caffe_root):
+    done = mnist.run("mnist/compare_margins.sh", "--validation", "-m", "1",
+                     "2", "--seeds", "1", env=mnist.env)
+    assert done.returncode == 0, done.stdout
+    here = mnist.path("mnist")
+    images = cut(here / "data/train-images-idx3-ubyte", 784)
+    labels = cut(here / "data/train-labels-idx1-ubyte", 1)
+    whole = [label + image for label, image in zip(labels, images)]
+    assert records(here / "mnist_fit_lmdb", caffe_root) == whole[:167]
+    assert records(here / "mnist_validation_lmdb", caffe_root) == whole[167:]
+    net = (here / "comparison/validation/m2_seed1/net.prototxt").read_text()
+    assert re.findall(r"mnist/mnist_\w+", net) == [
+        "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
+    assert not (here / "comparison/m2_seed1").exists()
+    assert not (here / "validation.new").exists()
 
 
 def test_2d_features(mnist):
     mnist.replace("mnist_2d/mnist_2d_solver.prototxt", test_iter=1,
                   test_interval=4, display=2, max_iter=4)
-    done = mnist.run("mnist_2d/train_2d.sh", env=mnist.env)
+    done = mnist.run("mnist_2d/train_2d.sh", "--seeds", "2", env=mnist.env)
     assert done.returncode == 0, done.stdout
-    lines = done.stdout.splitlines()
-    assert [line[:5] for line in lines[-5:-1]] == [
-        "m = %d" % m for m in (1, 2, 3, 4)]
-    plot = lines[-1].split(": ", 1)[1]
-    assert Image.open(plot).size == (1600, 450)
+    rows = [re.findall(r"[\d.]+", line) for line in done.stdout.splitlines()
+            if re.match(r"\| \d \|", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    for _, mean, deviation, *errors, _ in rows:
+        errors = np.array(errors, float)
+        assert float(mean) == pytest.approx(errors.mean(), abs=0.006)
+        assert float(deviation) == pytest.approx(errors.std(ddof=1), abs=0.01)
+    assert [row[-1] for row in rows] == ["98.45", "98.96", "99.22", "99.34"]
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith("plot (of seed 1): ")
+    plot = line.split(": ", 1)[1]
+    assert Image.open(plot).size == (1560, 897)
+    # The paper's figures are those of MNIST.
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    for mark in mnist.path("mnist_2d/runs").glob("*/done"):
+        mark.write_text("Others\n")
+    other = mnist.run("mnist_2d/train_2d.sh", "--seeds", "2", env=mnist.env)
+    assert "8 of 8 runs are done already" in other.stdout
+    assert "98.45" not in other.stdout
+
+
+class Result:
+    """Features as mnist_2d.py draws them."""
+
+    def __init__(self, features, labels, accuracy=0.5):
+        self.features, self.labels = features, labels
+        self.accuracy, self.weights = accuracy, np.eye(2)
+
+
+def test_2d_picture_names_what_it_shows():
+    from mnist_2d import draw
+    found = Result(np.array([[3.0, 0.1], [0.1, 2.0]]), np.array([0, 1]))
+    figure = draw([(1, found, found), (4, found, Result(
+        found.features, found.labels, 0.9876))], "Some images", {4: 99.34})
+    assert figure._suptitle.get_text() == "Some images"
+    upper, lower = figure.axes[:2], figure.axes[2:]
+    assert [axis.get_title() for axis in upper] == [
+        "softmax (m = 1)", "L-Softmax, m = 4"]
+    assert upper[0].get_xlabel() == "training accuracy 50.00 %"
+    assert lower[0].get_xlabel() == "test accuracy 50.00 %"
+    assert lower[1].get_xlabel() == "test accuracy 98.76 %\n(paper: 99.34 %)"
+    assert lower[0].get_ylabel() == "2 test images"
+    for axis in figure.axes:
+        assert axis.get_aspect() in ("equal", 1.0)
+        # The classes are named where their rays end.
+        assert {text.get_text(): tuple(np.sign(np.round(text.xy, 3)))
+                for text in axis.texts} == {"0": (1, 0), "1": (0, 1)}

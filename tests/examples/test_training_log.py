@@ -1,6 +1,7 @@
 """What watch_training.py and plot_training.py make of a log of Caffe."""
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from PIL import Image
 from conftest import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "myexamples"))
-from caffe_log import History, is_diverged  # noqa: E402
+from caffe_log import History, duration, is_diverged  # noqa: E402
 
 LOG = os.path.join(os.path.dirname(__file__), "train.log")
 
@@ -70,6 +71,7 @@ def test_watch_shows_each_report_once():
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert rows[0] == ["0/200", "2.51", "995", "2.34", "0.1034"]
     assert rows[1][:5] == ["100/200", "0.71", "1.25e-05", "0.6", "0.8012"]
+    assert re.match(r"\d+:\d\d:\d\d$", rows[1][5])
     assert rows[2] == ["snapshot", "a", "folder/x_iter_200.caffemodel"]
     assert rows[3][:2] == ["200/200", "0.3"]
     assert rows[4][:3] == ["200/200", "0.34", "0.9034"]
@@ -107,6 +109,39 @@ def test_plot(tmp_path):
     log.write_text("".join(l for l in read_log() if "lambda" not in l))
     assert plot(log).returncode == 0
     assert Image.open(str(tmp_path / "plain.png")).height < with_lambda.height
+
+
+def ticks(lines):
+    """The texts at the ticks of a plot: of each panel and of the iterations.
+    """
+    from plot_training import draw
+    figure = draw(History(lines), "a title")
+    figure.canvas.draw()
+    return ([[t.get_text() for t in axis.get_yticklabels()]
+             for axis in figure.axes],
+            [t.get_text() for t in figure.axes[-1].get_xticklabels()])
+
+
+def test_short_log_gets_plain_ticks():
+    lines = "".join(read_log())
+    for old, new in (("Iteration 200", "Iteration 2"),
+                     ("Iteration 100", "Iteration 1"), ("1.25e-05", "994.6"),
+                     ("0.8012", "0.1035"), ("0.9034", "0.1035")):
+        lines = lines.replace(old, new)
+    panels, iterations = ticks(lines.splitlines(True))
+    assert {"0", "1", "2"} <= set(iterations)
+    for text in sum(panels, iterations):
+        assert re.match(r"[-\u2212]?\d+(\.\d+)?$", text), text
+    assert "995.0" in panels[2]
+    # Where lambda falls by decades, its scale is still logarithmic.
+    assert any("10^{-2}" in text for text in ticks(read_log())[0][2])
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0:00:00"), (59.6, "0:01:00"), (3600 * 57 + 35 * 60 + 41, "57:35:41"),
+    (-1, "0:00:00")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize("text", ["", "F1123 no training here\n"])

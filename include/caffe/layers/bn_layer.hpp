@@ -92,7 +92,6 @@ class BNLayer : public Layer<Dtype> {
  private:
   // Whether a forward pass in place has to keep x_hat_ for the backward pass.
   bool KeepsXHat() const;
-  void WarnOfConstantChannel();
 
   // The Rust layer. Defined in the .cpp file, which keeps the headers of the
   // bridge out of this one.

@@ -56,8 +56,21 @@ struct BNLayer<Dtype>::State {
     return sizes.channels;
   }
 
+  // A batch may have nothing to measure: said once, with what it does.
+  void WarnOfConstantChannel(const BNLayer<Dtype>& layer) {
+    const int channel = warned ? -1 : lsoftmax::constant_channel(*rust);
+    if (channel < 0) { return; }
+    warned = true;
+    LOG_IF(WARNING, Caffe::root_solver()) << layer.type() << " layer '"
+        << layer.layer_param().name() << "': all values of channel " << channel
+        << " of a batch are the same. Its variance is 0, and such batches move "
+        << "its moving inverse standard deviation, by which the TEST phase "
+        << "normalizes, towards 1 / sqrt(eps) = "
+        << 1 / std::sqrt(layer.layer_param().bn_param().eps())
+        << ": use larger batches, a larger eps, or frozen: true";
+  }
+
   rust::Box<lsoftmax::BatchNorm> rust;
-  // Whether the log has the warning of a constant channel.
   bool warned;
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
@@ -158,21 +171,6 @@ bool BNLayer<Dtype>::KeepsXHat() const {
 }
 
 template <typename Dtype>
-void BNLayer<Dtype>::WarnOfConstantChannel() {
-  if (state_->warned) { return; }
-  const int channel = lsoftmax::constant_channel(*state_->rust);
-  if (channel < 0) { return; }
-  state_->warned = true;
-  const double eps = this->layer_param_.bn_param().eps();
-  LOG_IF(WARNING, Caffe::root_solver()) << type() << " layer '"
-      << this->layer_param_.name() << "': all values of channel " << channel
-      << " are the same in a batch, or there is only one, so its variance is "
-      << "0. The moving inverse standard deviation goes to 1/sqrt(eps) = "
-      << 1 / std::sqrt(eps) << ", by which the TEST phase multiplies: use "
-      << "larger batches, a larger eps, or frozen: true";
-}
-
-template <typename Dtype>
 void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
   Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
@@ -194,10 +192,10 @@ void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   if (in_place && KeepsXHat()) { pass.x_hat = MutableData(&x_hat_); }
   try {
     lsoftmax::forward(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
-  WarnOfConstantChannel();
 }
 
 template <typename Dtype>
@@ -256,10 +254,10 @@ void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
   pass.scratch = state_->scratch.gpu_data();
   try {
     lsoftmax::forward_gpu(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
-  WarnOfConstantChannel();
 }
 
 template <typename Dtype>

@@ -113,7 +113,8 @@ install_packages() {
   local missing pair modules cargo
   mapfile -t missing < <(cmake/build_caffe.sh --packages)
   modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
-    pydot=python3-pydot numpy=python3-numpy)
+    pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
+    sklearn=python3-sklearn cv2=python3-opencv)
   # nvcc comes from PyPI where there is none.
   [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
     PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||

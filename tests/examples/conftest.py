@@ -103,3 +103,24 @@ def small_disk(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return {"preexec_fn": limit, "restore_signals": False}
+
+
+@pytest.fixture(scope="session")
+def pb():
+    """The built Caffe's protobuf messages."""
+    if not os.path.exists(os.path.join(CAFFE_ROOT, "build/tools/caffe")):
+        pytest.skip("needs a built Caffe: run cmake/build_caffe.sh")
+    sys.path.insert(0, os.path.join(ROOT, "myexamples"))
+    os.environ["CAFFE_ROOT"] = CAFFE_ROOT
+    import caffe_proto
+    return caffe_proto.load()
+
+
+@pytest.fixture(scope="session")
+def caffe(pb):
+    """A process with pycaffe."""
+    from caffe_net import Caffe
+    # The tests' nets are small.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    with Caffe() as process:
+        yield process

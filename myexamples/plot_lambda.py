@@ -41,8 +41,8 @@ def parse_args():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("solver", metavar="SOLVER", help="solver prototxt")
-    parser.add_argument("-o", "--output", metavar="PNG", help="default: the "
-                        "name of SOLVER with _lambda.png, in this folder")
+    parser.add_argument("-o", "--output", metavar="PNG", help="default: "
+                        "beside SOLVER, its name with _lambda.png")
     parser.add_argument("--suggest", metavar="LAMBDA", type=float, help="also "
                         "propose gamma and power that reach this lambda at "
                         "max_iter")
@@ -241,8 +241,8 @@ def run(args):
             for warning in warnings(solver, proposal, args.suggest):
                 print("warning: suggestion: %s" % warning)
             schedules.append((name + ", suggested", proposal))
-    stem = os.path.splitext(os.path.basename(args.solver))[0]
-    output = args.output or stem + "_lambda.png"
+    output = args.output or (
+        os.path.splitext(args.solver)[0] + "_lambda.png")
     try:
         draw(solver, schedules, args.solver).savefig(output, dpi=100)
     except (OSError, ValueError) as error:

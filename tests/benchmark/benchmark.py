@@ -159,6 +159,9 @@ def spread(values, form):
 
 
 def main():
+    if len(sys.argv) != 2 or {"-h", "--help"} & set(sys.argv):
+        print(__doc__.strip())
+        sys.exit(len(sys.argv) != 2)
     caffe = sys.argv[1]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -167,6 +167,54 @@ def test_suggestion_without_a_useful_drop(solver, policy):
         0.5, rel=0.02)
 
 
+def test_a_net_is_no_solver(solver, tmp_path):
+    solver(GOOD)
+    net = tmp_path / "a net.prototxt"
+    done = plot_lambda(net)
+    assert done.returncode == 1
+    assert done.stdout == (
+        'error: %s is a net: give its solver, the prototxt with the line  '
+        'net: "%s"\n' % (net, net))
+    net.write_text("layer { nam: 1 }")
+    assert "SolverParameter" in plot_lambda(net).stdout
+
+
+def test_without_pycaffe(solver, tmp_path, caffe_root):
+    """A tree that Make has built has no caffe_pb2.py until `make pycaffe`."""
+    root = tmp_path / "a caffe"
+    proto = root / "src/caffe/proto/caffe.proto"
+    proto.parent.mkdir(parents=True)
+    proto.symlink_to(caffe_root + "/src/caffe/proto/caffe.proto")
+    path = solver(GOOD)
+    before = sorted(root.rglob("*"))
+    for source in (caffe_root, root):
+        done = subprocess.run(
+            [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=dict(os.environ, CAFFE_ROOT=str(source)))
+        assert done.returncode == 0, done.stdout
+        assert "m = 4" in done.stdout
+    assert sorted(root.rglob("*")) == before
+    proto.unlink()
+    proto.write_text("message broken")
+    done = subprocess.run(
+        [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=dict(os.environ, CAFFE_ROOT=str(root)))
+    assert done.returncode == 1 and done.stdout.startswith("error: protoc: ")
+
+
+def test_the_plot_goes_beside_the_solver(solver, tmp_path):
+    path = solver(GOOD)
+    done = run("plot_lambda.py", path, cwd=str(tmp_path / ".."))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "solver_lambda.png").exists()
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "check-ignore", "-q",
+         "myexamples/mnist/mnist_solver_lambda.png"])
+    assert ignored.returncode in (0, 128)  # 128: not a clone
+
+
 @pytest.mark.parametrize("path", sorted(
     glob.glob(os.path.join(ROOT, "myexamples", "*", "*solver.prototxt"))
     + glob.glob(os.path.join(ROOT, "myexamples", "*", "model",
@@ -265,7 +313,6 @@ solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
     caffe_proto.check_solver(param, "solver")
     ours = [caffe_proto.learning_rate(param, i) for i in range(20)]
     assert ours == pytest.approx(rates, rel=1e-5, abs=1e-38)
-
 
 @pytest.mark.parametrize("param, extra, message", [
     ("no_such: 1", "", 'a net.prototxt:4:52 : Message type "caffe.'),

@@ -29,7 +29,9 @@ export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
 manifest=.lsoftmax-manifest
 journal=.lsoftmax-commit
 proto=src/caffe/proto/caffe.proto
-hooked=("$proto" CMakeLists.txt Makefile src/caffe/solver.cpp)
+# The paths that patch files change.
+targets() { sed -n 's|^+++ b/||p' "$@" | sort -u; }
+mapfile -t hooked < <(targets "$project"/caffe_patch/*.patch)
 
 # ---- Arguments ----
 
@@ -176,15 +178,12 @@ else
 fi
 
 # Lines of ours that no manifest accounts for.
-hook_lines='lsoftmax\.(cmake|mk)|LSOFTMAX_ROOT|RestoreLargeMargin'
-hook_lines+='|largemargin_inner_product_param'
+hook_lines='lsoftmax\.(cmake|mk)|LSOFTMAX_ROOT|ResumeLargeMargin|SaveLargeMargin'
+hook_lines+='|resume_large_margin|RestoreLargeMargin|largemargin_inner_product_param'
 half_patched() {
   die "half patched: $1" "Take it back to Caffe's own version (git checkout" \
       "-- FILE) and run this again."
 }
-
-# The paths that patch files change.
-targets() { sed -n 's|^+++ b/||p' "$@" | sort -u; }
 
 # fits FOLDER PATCH [OPTION...]: git apply in a folder of the stage.
 fits() {

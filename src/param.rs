@@ -1,5 +1,5 @@
 //! The layer parameters, as the extension of caffe.proto writes them on the
-//! wire (`caffe_patch/caffe.proto.patch` holds the C++ side).
+//! wire (`caffe_patch/caffe_proto_*.patch` hold the C++ side).
 //!
 //! Caffe hands a layer's parameter over as the serialized sub-message. Fields
 //! that only C++ reads, the fillers, are left out here; prost skips them.
@@ -33,7 +33,8 @@ pub struct LargeMarginInnerProductParameter {
     /// How fast lambda falls: the exponent.
     #[prost(float, optional, tag = "7", default = "1")]
     pub power: Option<f32>,
-    /// Forward passes that lambda has behind it at the start.
+    /// Forward passes that lambda has behind it at the start, as a user wrote
+    /// it; nothing here ever writes it.
     #[prost(int32, optional, tag = "8", default = "0")]
     pub iteration: Option<i32>,
     /// lambda never falls below this.
@@ -45,6 +46,9 @@ pub struct LargeMarginInnerProductParameter {
     /// Samples of this label get the plain inner product.
     #[prost(int32, optional, tag = "11")]
     pub ignore_label: Option<i32>,
+    /// All the forward passes behind the layer, as a snapshot wrote it.
+    #[prost(int64, optional, tag = "12", default = "0")]
+    pub passes: Option<i64>,
 }
 
 /// `LargeMarginInnerProductParameter.LargeMarginType`: m from 1 to 4.
@@ -126,7 +130,7 @@ mod tests {
         let p: LargeMarginInnerProductParameter = decode(&[]).unwrap();
         assert_eq!((p.num_output, p.axis()), (None, 1));
         assert_eq!((p.base(), p.gamma(), p.power()), (1.0, 0.0, 1.0));
-        assert_eq!((p.iteration(), p.lambda_min()), (0, 0.0));
+        assert_eq!((p.iteration(), p.passes(), p.lambda_min()), (0, 0, 0.0));
         assert_eq!(p.angular_margin(), Ok(1));
         let p: BnParameter = decode(&[]).unwrap();
         assert_eq!((p.momentum(), p.eps(), p.frozen()), (0.9, 1e-5, false));

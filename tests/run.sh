@@ -113,7 +113,8 @@ install_packages() {
   local missing pair modules cargo
   mapfile -t missing < <(cmake/build_caffe.sh --packages)
   modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
-    pydot=python3-pydot numpy=python3-numpy cv2=python3-opencv)
+    pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
+    sklearn=python3-sklearn cv2=python3-opencv)
   # nvcc comes from PyPI where there is none.
   [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
     PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||
@@ -121,7 +122,7 @@ install_packages() {
   for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
-  for pair in shellcheck=shellcheck dot=graphviz curl=curl; do
+  for pair in shellcheck=shellcheck dot=graphviz curl=curl npm=npm; do
     command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
   done
   [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)

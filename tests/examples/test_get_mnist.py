@@ -235,8 +235,8 @@ def test_npm_that_is_missing_is_installed(tree, tmp_path):
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, path in which(
-            "awk", "bash", "cat", "curl", "cut", "dirname", "env", "flock",
-            "grep", "gzip", "head", "id", "ln", "mkdir", "mktemp", "mv", "realpath",
+            "bash", "cat", "curl", "cut", "dirname", "env", "flock", "grep",
+            "gzip", "head", "id", "ln", "mkdir", "mktemp", "mv", "realpath",
             "rm", "sed", "sha256sum", "stat", "tail", "tar").items():
         (programs / name).symlink_to(path)
     for name in ("apt-get", "dpkg"):

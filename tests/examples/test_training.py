@@ -14,8 +14,6 @@ from PIL import Image
 from conftest import ROOT
 from mirror import Mirror
 from small_mnist import expect, small_mnist
-from test_get_cifar10 import ARCHIVE, expect as expect_cifar, make_batches, \
-    pack
 
 for folder in ("mnist", "mnist_2d"):
     sys.path.insert(0, os.path.join(ROOT, "myexamples", folder))
@@ -56,7 +54,7 @@ def quick_lambda(tree, iteration):
     return base * (1 + gamma * (iteration + 1)) ** -power
 
 
-def test_quick_from_nothing_and_again(mnist):
+def test_quick_from_nothing_and_again(mnist, caffe_root):
     done = quick(mnist)
     assert done.returncode == 0, done.stdout
     assert "training on MNIST: 20 iterations" in done.stdout
@@ -89,6 +87,16 @@ def test_quick_from_nothing_and_again(mnist):
     assert "deploy.prototxt" not in again.stdout
     assert again.stdout.splitlines()[-3:] == lines[-3:]
     assert os.stat(model).st_mtime_ns == before
+
+    # The figure is that of the model which is kept.
+    tested = subprocess.run(
+        [os.path.join(caffe_root, "build/tools/caffe"), "test",
+         "--model=myexamples/mnist/quick_train_test.prototxt",
+         "--weights=" + model, "--iterations=1"], cwd=mnist.root, text=True,
+        env=dict(os.environ, GLOG_logtostderr="1"), check=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    assert accuracy[1] == "%.4f" % float(
+        re.search(r"(?m)\] accuracy = (\S+)$", tested)[1])
 
 
 def wait_for(condition, process, seconds=120):
@@ -170,44 +178,13 @@ def test_lmdb_is_made_whole_or_not_at_all(mnist):
     assert made.stat().st_mtime_ns == before
 
 
-PAPER = {
-    "mnist": ("mnist/mnist_solver.prototxt", "mnist/train_mnist.sh",
-              "mnist/mnist_snapshot/mnist", 4),
-    "cifar10": ("cifar10/cifar10_solver.prototxt", "cifar10/train_cifar10.sh",
-                "cifar10/cifar10_snapshot/cifar10", 2),
-    "cifar10+": ("cifar10+/model/cifar10+_solver.prototxt",
-                 "cifar10+/train_cifar10+.sh",
-                 "cifar10+/cifar10+_snapshot/cifar10+", 2),
-}
-
-
-@pytest.mark.parametrize("example", sorted(PAPER))
-def test_paper_nets_train_two_iterations(mnist, example):
-    solver, script, prefix, margin = PAPER[example]
-    mnist.replace(solver, test_iter=1, test_interval=2, display=1, max_iter=2,
-                  solver_mode="CPU")
-    archive = pack(make_batches())
-    expect_cifar(mnist, archive)
-    with Mirror({ARCHIVE: archive}) as mirror:
-        env = dict(mnist.env, CIFAR10_MIRRORS=mirror.url)
-        done = mnist.run(script, env=env, timeout=600)
-        assert done.returncode == 0, done.stdout
-        assert mnist.path(prefix + "_iter_2.caffemodel").exists()
-        assert "test accuracy: " in done.stdout
-        again = mnist.run(script, env=env)
-        assert again.returncode == 1
-        assert "go on with --snapshot=myexamples/%s_iter_2.solverstate" \
-            % prefix in again.stdout
-    log = mnist.path(os.path.dirname(prefix), "train.log").read_text()
-    assert re.search(r"lambda = 99\d", log)
-    losses = [float(x) for x in re.findall(r"\), loss = (\S+)", log)]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-
-
-def test_old_path_of_the_cifar10_plus_net(tree):
-    """The original solver names cifar10+/14/, the folder model/ of old."""
-    assert tree.path("cifar10+/14").is_symlink()
-    assert tree.path("cifar10+/14").samefile(tree.path("cifar10+/model"))
+def test_lmdbs_of_another_data_set(mnist):
+    """What was asked for on purpose is not taken to be there."""
+    assert mnist.run("mnist/create_mnist.sh", env=mnist.env).returncode == 0
+    done = mnist.run("mnist/create_mnist.sh", "--fashion", env=mnist.env)
+    assert done.returncode == 1
+    assert "mnist_train_lmdb holds MNIST: move it, " in done.stdout
+    assert "away to get Fashion-MNIST" in done.stdout
 
 
 def compare(mnist, *args):

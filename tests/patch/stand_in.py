@@ -42,8 +42,15 @@ SOLVER = """#include <cstdio>
 
 #include "caffe/solver.hpp"
 #include "caffe/util/io.hpp"
+#include "caffe/util/upgrade_proto.hpp"
 
 namespace caffe {
+template <typename Dtype>
+void Solver<Dtype>::Init(const SolverParameter& param) {
+  InitTestNets();
+  iter_ = 0;
+  current_step_ = 0;
+}
 %s
 template <typename Dtype>
 void Solver<Dtype>::Restore(const char* state_file) {
@@ -60,6 +67,29 @@ void Solver<Dtype>::Other() {
 }
 
 }  // namespace caffe
+"""
+
+SGD_SOLVER = """#include "caffe/util/io.hpp"
+#include "caffe/util/upgrade_proto.hpp"
+
+namespace caffe {
+template <typename Dtype>
+void SGDSolver<Dtype>::SnapshotSolverStateToHDF5(
+    const string& model_filename) {
+  hdf5_save_string(file_hid, "learned_net", model_filename);
+  hdf5_save_int(file_hid, "current_step", this->current_step_);
+  H5Fclose(file_hid);
+}
+}  // namespace caffe
+"""
+
+TOOL = """#include "caffe/caffe.hpp"
+#include "caffe/util/signal_handler.h"
+
+int test() {
+  caffe_net.CopyTrainedLayersFrom(FLAGS_weights);
+  LOG(INFO) << "Running for " << FLAGS_iterations << " iterations.";
+}
 """
 
 IO_CPP = """#include "caffe/util/io.hpp"
@@ -94,9 +124,9 @@ COMMON_CPP = """void Caffe::DeviceQuery() {
 
 def make_tree(root, version="master", fields=""):
     v = VERSIONS[version]
-    for folder in ("src/caffe/proto", "src/caffe/layers", "src/caffe/test",
-                   "src/caffe/util", "include/caffe/layers",
-                   "include/caffe/util", "python/caffe", "cmake"):
+    for folder in ("src/caffe/proto", "src/caffe/layers", "src/caffe/solvers",
+                   "src/caffe/test", "src/caffe/util", "include/caffe/layers",
+                   "include/caffe/util", "python/caffe", "cmake", "tools"):
         (root / folder).mkdir(parents=True)
     files = {
         "src/caffe/proto/caffe.proto": proto(v["proto"], fields),
@@ -109,6 +139,8 @@ def make_tree(root, version="master", fields=""):
                     "BUILD_DIR_LINK := $(BUILD_DIR)\n",
         "src/caffe/solver.cpp":
             SOLVER % ("// a line\n" * (v["solver"] - SOLVER.count("\n"))),
+        "src/caffe/solvers/sgd_solver.cpp": SGD_SOLVER,
+        "tools/caffe.cpp": TOOL,
         "src/caffe/layers/window_data_layer.cpp":
             "// a line\n" * (290 if version == "rc3" else 293) +
             "        cv_img = cv::imread(image.first, CV_LOAD_IMAGE_COLOR);\n",

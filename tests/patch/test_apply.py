@@ -11,6 +11,9 @@ import pytest
 from stand_in import VERSIONS, make_tree, snapshot
 
 MANIFEST = ".lsoftmax-manifest"
+HOOKED = ["src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
+          "src/caffe/solver.cpp", "src/caffe/solvers/sgd_solver.cpp",
+          "tools/caffe.cpp"]
 NOTHING = "nothing was changed"
 
 
@@ -48,10 +51,15 @@ def test_apply_again_and_revert(apply, project, tmp_path, layer_files, version):
         f"LSOFTMAX_ROOT := {project}", f"include {escaped}/cmake/lsoftmax.mk"]
     solver = read(tree, "src/caffe/solver.cpp")
     assert ("(state_filename);\n  }\n"
-            "  RestoreLargeMarginIteration(net_.get(), state_filename, iter_,\n"
-            "      param_.iter_size());\n}\n") in solver
-    assert ('#include "caffe/layers/large_margin_inner_product_layer.hpp"\n'
-            '#include "caffe/solver.hpp"\n') in solver
+            "  ResumeLargeMargin(this, state_filename);\n}\n") in solver
+    assert "  WarnOfUnsharedWeights(this);\n  iter_ = 0;\n" in solver
+    sgd_solver = read(tree, "src/caffe/solvers/sgd_solver.cpp")
+    assert "  SaveLargeMargin(*this->net_, file_hid);\n" in sgd_solver
+    tool = read(tree, "tools/caffe.cpp")
+    assert ("(FLAGS_weights);\n"
+            "  caffe::ResumeLargeMargin(&caffe_net, FLAGS_weights);\n") in tool
+    for text in (solver, sgd_solver, tool):
+        assert '#include "caffe/util/resume_large_margin.hpp"\n' in text
     for name in layer_files:
         source = name.replace("src/caffe/test", "tests/caffe")
         assert read(tree, name) == read(project, source)
@@ -298,9 +306,7 @@ def test_own_large_margin_layer(apply, tmp_path):
 
 # ---- Wrong, half-patched and edited trees ----
 
-@pytest.mark.parametrize("missing", [
-    "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-    "src/caffe/solver.cpp"])
+@pytest.mark.parametrize("missing", HOOKED)
 def test_not_a_caffe_tree(apply, tree, missing):
     (tree / missing).unlink()
     before = snapshot(tree)
@@ -328,7 +334,11 @@ def test_fork_with_another_layer_class(apply, tree):
     ("CMakeLists.txt", "# ---[ Subdirectories"),
     ("Makefile", "include $(CONFIG_FILE)"),
     ("src/caffe/solver.cpp", "    RestoreSolverStateFromBinaryProto"),
-    ("src/caffe/solver.cpp", '#include "caffe/solver.hpp"'),
+    ("src/caffe/solver.cpp", "  iter_ = 0;"),
+    ("src/caffe/solver.cpp", '#include "caffe/util/upgrade_proto.hpp"'),
+    ("src/caffe/solvers/sgd_solver.cpp", '"current_step"'),
+    ("tools/caffe.cpp", "caffe/util/signal_handler.h"),
+    ("tools/caffe.cpp", "Running for"),
 ])
 def test_missing_anchor(apply, tree, name, anchor):
     text = read(tree, name)
@@ -337,13 +347,9 @@ def test_missing_anchor(apply, tree, name, anchor):
     refuses(apply, tree, says=[name])
 
 
-@pytest.mark.parametrize("name", [
-    "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-    "src/caffe/solver.cpp"])
+@pytest.mark.parametrize("name", HOOKED)
 def test_half_patched_without_manifest(apply, tree, layer_files, name):
-    native = {f: read(tree, f) for f in (
-        "src/caffe/proto/caffe.proto", "CMakeLists.txt", "Makefile",
-        "src/caffe/solver.cpp")}
+    native = {f: read(tree, f) for f in HOOKED}
     apply(tree)
     for file in [MANIFEST, *layer_files]:
         (tree / file).unlink()
@@ -370,7 +376,7 @@ def test_edited_copy_is_not_lost(apply, tree):
 def test_changed_hook(apply, tree):
     apply(tree)
     path = tree / "src/caffe/solver.cpp"
-    path.write_text(path.read_text().replace("param_.iter_size()", "1"))
+    path.write_text(path.read_text().replace("(this, ", "(NULL, "))
     refuses(apply, tree, says=["half patched", "solver.cpp"])
 
 
@@ -590,7 +596,7 @@ def test_full_disk(apply, tmpfs, left):
         apply(tree)
     elif left == 0:
         pytest.fail("a full disk took the patch")
-    assert "RestoreLargeMarginIteration" in read(tree, "src/caffe/solver.cpp")
+    assert "ResumeLargeMargin" in read(tree, "src/caffe/solver.cpp")
 
 
 @needs_root

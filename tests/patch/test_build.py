@@ -18,10 +18,10 @@ echo "$*; $LSOFTMAX_NVCC; $LSOFTMAX_NVCC_FLAGS; $NVCC_CCBIN" >> {log}
 source=$PWD/src/answer.c
 mkdir -p "$CARGO_TARGET_DIR"
 cd "$CARGO_TARGET_DIR"
-mkdir -p release cxxbridge/lsoftmax/src
+mkdir -p release cxxbridge/lsoftmax/src/bridge
 echo 'extern "C" int lsoftmax_answer();' > cxxbridge/new.h
-cmp -s cxxbridge/new.h cxxbridge/lsoftmax/src/bridge.rs.h ||
-  cp cxxbridge/new.h cxxbridge/lsoftmax/src/bridge.rs.h
+cmp -s cxxbridge/new.h cxxbridge/lsoftmax/src/bridge/ffi.rs.h ||
+  cp cxxbridge/new.h cxxbridge/lsoftmax/src/bridge/ffi.rs.h
 if [[ ! release/liblsoftmax.a -nt $source ]]; then
   cc -fPIC -c "$source" -o answer.o
   rm -f release/liblsoftmax.a
@@ -29,7 +29,7 @@ if [[ ! release/liblsoftmax.a -nt $source ]]; then
 fi
 """
 
-LAYER = """#include "lsoftmax/src/bridge.rs.h"
+LAYER = """#include "lsoftmax/src/bridge/ffi.rs.h"
 #include "caffe/layers/own.hpp"
 int answer() { return OWN * lsoftmax_answer(); }
 """

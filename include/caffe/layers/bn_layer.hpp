@@ -39,8 +39,10 @@ namespace caffe {
  *
  * The four blobs, each of shape @f$ (1 \times C) @f$, are the slope, the bias,
  * the moving mean and the moving inverse standard deviation. The latter two
- * get lr_mult 0 and decay_mult 0 unless the prototxt says otherwise, and so do
- * slope and bias of a frozen layer, whatever it says.
+ * get lr_mult 0 and decay_mult 0 whatever the prototxt says, and so do slope
+ * and bias of a frozen layer. Caffe's Net decides by the prototxt alone where
+ * the backward pass may end: layers below a frozen one are left out of it only
+ * where the frozen one has param { lr_mult: 0 } written out, four times.
  */
 template <typename Dtype>
 class BNLayer : public Layer<Dtype> {

@@ -10,8 +10,6 @@
 
 namespace caffe {
 
-template <typename Dtype> class Net;
-
 /**
  * @brief An inner product with an angular margin on the target class:
  *        followed by SoftmaxWithLoss it is the large-margin softmax (L-Softmax)
@@ -53,6 +51,7 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
  public:
   explicit LargeMarginInnerProductLayer(const LayerParameter& param)
       : Layer<Dtype>(param) {}
+  virtual ~LargeMarginInnerProductLayer();
   virtual void LayerSetUp(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top);
   virtual void Reshape(const vector<Blob<Dtype>*>& bottom,
@@ -69,16 +68,19 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
     return bottom_index != 1;
   }
 
-  /// @brief Writes the layer with its present iteration, for Resume.
+  /// @brief Writes the layer with the passes behind it, for Resume. What its
+  ///        user wrote in iteration stays.
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
   /**
-   * @brief Continues the descent of lambda after `iteration` forward passes;
-   *        after those of the layer's parameter where they are more.
+   * @brief Continues the descent of lambda after `passes` forward passes in
+   *        all; after those of the layer's parameter where they are more.
    */
-  void Resume(int iteration);
-  /// @brief Continues `passes` forward passes after the parameter's iteration.
-  void ResumeAfter(int passes);
+  void Resume(int64_t passes);
+  /// @brief The forward passes behind the layer, all that ever were.
+  int64_t passes() const;
+  /// @brief lambda of the last forward pass; before the first, of the next.
+  double lambda() const;
 
  protected:
   /**
@@ -91,7 +93,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
    *   -# @f$ (M \times N) @f$ the logits, with margin where there are labels
    *   -# @f$ (1) @f$ lambda of this pass
    *   -# @f$ (M \times N) @f$ the logits without margin, for an Accuracy layer
-   *      that is to judge as a deployed net does; passes no gradient back
+   *      that is to judge as a deployed net does. A loss on it trains as on an
+   *      InnerProduct layer.
    */
   virtual void Forward_cpu(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top);
@@ -104,6 +107,9 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
    * the gradient by the first top and, by the cosine @f$ c @f$,
    * @f$ a = \frac{\psi' - 1}{1 + \lambda} @f$,
    * @f$ b = \frac{\psi - c \psi'}{1 + \lambda} @f$.
+   * Where the third top has a gradient, InnerProduct's of that is added. On the
+   * way @f$ g_{iy} (1 + a) @f$ stands for @f$ g_{iy} @f$ in the first top's; at
+   * the end it is bit by bit what it was.
    */
   virtual void Backward_cpu(const vector<Blob<Dtype>*>& top,
       const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
@@ -120,25 +126,10 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   struct State;
   shared_ptr<State> state_;
 
+  void WarnOfMarginInTest(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
   void CheckPropagateDown(const vector<bool>& propagate_down) const;
-  void LogResume() const;
 };
-
-/**
- * @brief Called by Solver::Restore: every LargeMarginInnerProduct layer of the
- *        net goes on where the snapshot left it.
- *
- * @param net the solver's training net.
- * @param state_file the .solverstate or .solverstate.h5 file restored from. The
- *        former names the .caffemodel that holds the layers' iterations; the
- *        latter's model holds none.
- * @param iter the solver's iteration, restored already.
- * @param iter_size forward passes of a solver's iteration.
- */
-template <typename Dtype>
-void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
-    int iter, int iter_size);
 
 }  // namespace caffe
 

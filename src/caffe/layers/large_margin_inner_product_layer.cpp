@@ -1,23 +1,21 @@
 #include <algorithm>
 #include <limits>
-#include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "caffe/filler.hpp"
 #include "caffe/layers/large_margin_inner_product_layer.hpp"
-#include "caffe/net.hpp"
 #include "caffe/util/format.hpp"
-#include "caffe/util/io.hpp"
-#include "caffe/util/math_functions.hpp"
 #include "lsoftmax/blobs.hpp"
-#include "lsoftmax/src/bridge.rs.h"
+#include "lsoftmax/caffe_blas.hpp"
 
 namespace caffe {
 
 using lsoftmax::Data;
 using lsoftmax::Diff;
 using lsoftmax::Fail;
+using lsoftmax::HasDiff;
 using lsoftmax::MutableData;
 using lsoftmax::MutableDiff;
 #ifndef CPU_ONLY
@@ -25,46 +23,24 @@ using lsoftmax::GpuData;
 using lsoftmax::GpuDiff;
 using lsoftmax::MutableGpuData;
 using lsoftmax::MutableGpuDiff;
-using lsoftmax::Scratch;
 #endif  // CPU_ONLY
 
 namespace {
 
-CBLAS_TRANSPOSE Transpose(bool transpose) {
-  return transpose ? CblasTrans : CblasNoTrans;
+// Says which layer a blob is too large for; Caffe's own words do not.
+template <typename Dtype>
+void CheckSize(const Layer<Dtype>& layer, const string& what, int rows,
+    const string& row, int columns, const string& column) {
+  const int64_t size = static_cast<int64_t>(rows) * columns;
+  const int most = std::numeric_limits<int>::max();
+  if (size > most) {
+    std::ostringstream message;
+    message << rows << " " << row << " times " << columns << " " << column
+        << " are " << size << " " << what << ", and a blob of Caffe holds "
+        << most << " values at most";
+    Fail(layer, message.str());
+  }
 }
-
-// The BLAS that this Caffe is built with.
-class CpuBlas : public lsoftmax::Blas {
- public:
-  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const float* a, const float* b, float beta, float* c) const {
-    caffe_cpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1.f, a, b, beta, c);
-  }
-  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const double* a, const double* b, double beta, double* c) const {
-    caffe_cpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1., a, b, beta, c);
-  }
-};
-
-#ifndef CPU_ONLY
-// cuBLAS, on Caffe's handle.
-class GpuBlas : public lsoftmax::Blas {
- public:
-  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const float* a, const float* b, float beta, float* c) const {
-    caffe_gpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1.f, a, b, beta, c);
-  }
-  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const double* a, const double* b, double beta, double* c) const {
-    caffe_gpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1., a, b, beta, c);
-  }
-};
-#endif  // CPU_ONLY
 
 }  // namespace
 
@@ -74,30 +50,45 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
       : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
 
-  lsoftmax::MatrixSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
+  lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
     const vector<int>& shape = bottom[0]->shape();
-    return lsoftmax::reshape(*rust,
+    const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
         rust::Slice<const int32_t>(shape.data(), shape.size()),
         bottom.size() > 1 ? bottom[1]->count() : -1);
+#ifndef CPU_ONLY
+    scratch.Reshape(sizes.device_bytes);
+#endif  // CPU_ONLY
+    return sizes;
   }
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
-
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
-  uint8_t* GpuScratch() { return scratch.Get(rust->device_bytes()); }
-  Scratch scratch;
+  lsoftmax::Scratch scratch;
 #endif  // CPU_ONLY
 };
 
 template <typename Dtype>
+LargeMarginInnerProductLayer<Dtype>::~LargeMarginInnerProductLayer() {
+#ifndef CPU_ONLY
+  // After the last batch no call is left that would report its bad label.
+  if (!state_) { return; }
+  try {
+    lsoftmax::finish(*state_->rust);
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+#endif  // CPU_ONLY
+}
+
+template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-  for (int i = 1; i < this->layer_param_.loss_weight_size(); ++i) {
-    if (this->layer_param_.loss_weight(i) != 0) {
-      Fail(*this, "loss_weight of a top other than the first must be 0: no "
-          "gradient passes through lambda or the plain logits");
-    }
+  lsoftmax::LogVersion();
+  if (this->layer_param_.loss_weight_size() > 1
+      && this->layer_param_.loss_weight(1) != 0) {
+    Fail(*this, "loss_weight of the second top must be 0: lambda follows the "
+        "passes alone, no gradient goes through it");
   }
   for (int i = 0; i < top.size(); ++i) {
     if (std::find(bottom.begin(), bottom.end(), top[i]) != bottom.end()) {
@@ -110,12 +101,15 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   vector<int> weight_shape(2);
   try {
     state_.reset(new State(param.SerializeAsString()));
-    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     weight_shape[0] = sizes.classes;
     weight_shape[1] = sizes.features;
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckSize(*this, "weights", weight_shape[0], "classes", weight_shape[1],
+      "features");
+  WarnOfMarginInTest(bottom.size() > 1, top.size() > 2);
   if (this->blobs_.size() > 0) {
     LOG(INFO) << "Skipping parameter initialization";
     const Blob<Dtype>& weight = *this->blobs_[0];
@@ -139,16 +133,34 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 }
 
 template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::WarnOfMarginInTest(bool labels,
+    bool plain_logits) const {
+  const LargeMarginInnerProductParameter& param =
+      this->layer_param_.largemargin_inner_product_param();
+  const bool margin = param.has_margin() ? param.margin() > 1 :
+      param.type() != LargeMarginInnerProductParameter_LargeMarginType_SINGLE;
+  LOG_IF(WARNING, this->phase_ == TEST && margin && labels && !plain_logits
+      && Caffe::root_solver()) << type() << " layer '"
+      << this->layer_param_.name() << "' of the TEST phase has a margin: "
+      << "Accuracy by its first top counts as wrong what a deployed net gets "
+      << "right. Give it a third top, the logits without margin, for "
+      << "Accuracy, or include it in the TRAIN phase only, beside one of the "
+      << "same name with type: SINGLE in the TEST phase";
+}
+
+template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Reshape(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   vector<int> top_shape = bottom[0]->shape();
   try {
-    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     top_shape.resize(sizes.axis + 1);
     top_shape[sizes.axis] = sizes.classes;
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckSize(*this, "logits", bottom[0]->count(0, top_shape.size() - 1),
+      "samples", top_shape.back(), "classes");
   top[0]->Reshape(top_shape);
   if (top.size() > 1) { top[1]->Reshape(vector<int>(1, 1)); }
   if (top.size() > 2) { top[2]->Reshape(top_shape); }
@@ -157,11 +169,15 @@ void LargeMarginInnerProductLayer<Dtype>::Reshape(
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  lsoftmax::MarginForward pass = lsoftmax::MarginForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.features = Data(bottom[0]);
+  if (bottom.size() > 1) { pass.labels = Data(bottom[1]); }
+  pass.weights = Data(this->blobs_[0].get());
+  pass.logits = MutableData(top[0]);
+  if (top.size() > 2) { pass.plain = MutableData(top[2]); }
   try {
-    lsoftmax::forward(*state_->rust, CpuBlas(), Data(bottom[0]),
-        bottom.size() > 1 ? Data(bottom[1]) : rust::Slice<const Dtype>(),
-        Data(this->blobs_[0].get()), MutableData(top[0]),
-        top.size() > 2 ? MutableData(top[2]) : rust::Slice<Dtype>());
+    lsoftmax::forward(*state_->rust, lsoftmax::CpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -190,13 +206,18 @@ void LargeMarginInnerProductLayer<Dtype>::Backward_cpu(
     const vector<Blob<Dtype>*>& bottom) {
   CheckPropagateDown(propagate_down);
   Blob<Dtype>* weight = this->blobs_[0].get();
+  lsoftmax::MarginBackward pass = lsoftmax::MarginBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.logits_diff = MutableDiff(top[0]);
+  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = Diff(top[2]); }
+  pass.features = Data(bottom[0]);
+  pass.weights = Data(weight);
+  if (propagate_down[0]) { pass.features_diff = MutableDiff(bottom[0]); }
+  if (this->param_propagate_down_[0]) {
+    pass.weights_diff = MutableDiff(weight);
+  }
   try {
-    lsoftmax::backward(*state_->rust, CpuBlas(),
-        Diff(top[0]), Data(bottom[0]),
-        Data(weight),
-        propagate_down[0] ? MutableDiff(bottom[0]) : rust::Slice<Dtype>(),
-        this->param_propagate_down_[0] ? MutableDiff(weight)
-            : rust::Slice<Dtype>());
+    lsoftmax::backward(*state_->rust, lsoftmax::CpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -208,11 +229,16 @@ STUB_GPU(LargeMarginInnerProductLayer);
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Forward_gpu(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  lsoftmax::DeviceMarginForward pass = lsoftmax::DeviceMarginForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.features = GpuData(bottom[0]);
+  if (bottom.size() > 1) { pass.labels = GpuData(bottom[1]); }
+  pass.weights = GpuData(this->blobs_[0].get());
+  pass.logits = MutableGpuData(top[0]);
+  if (top.size() > 2) { pass.plain = MutableGpuData(top[2]); }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::forward_gpu(*state_->rust, GpuBlas(), GpuData(bottom[0]),
-        bottom.size() > 1 ? GpuData(bottom[1]) : NULL,
-        GpuData(this->blobs_[0].get()), MutableGpuData(top[0]),
-        top.size() > 2 ? MutableGpuData(top[2]) : NULL, state_->GpuScratch());
+    lsoftmax::forward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -225,13 +251,19 @@ void LargeMarginInnerProductLayer<Dtype>::Backward_gpu(
     const vector<Blob<Dtype>*>& bottom) {
   CheckPropagateDown(propagate_down);
   Blob<Dtype>* weight = this->blobs_[0].get();
+  lsoftmax::DeviceMarginBackward pass = lsoftmax::DeviceMarginBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.logits_diff = MutableGpuDiff(top[0]);
+  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = GpuDiff(top[2]); }
+  pass.features = GpuData(bottom[0]);
+  pass.weights = GpuData(weight);
+  if (propagate_down[0]) { pass.features_diff = MutableGpuDiff(bottom[0]); }
+  if (this->param_propagate_down_[0]) {
+    pass.weights_diff = MutableGpuDiff(weight);
+  }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::backward_gpu(*state_->rust, GpuBlas(),
-        GpuDiff(top[0]), bottom.size() > 1, GpuData(bottom[0]),
-        GpuData(weight),
-        propagate_down[0] ? MutableGpuDiff(bottom[0]) : NULL,
-        this->param_propagate_down_[0] ? MutableGpuDiff(weight) : NULL,
-        state_->GpuScratch());
+    lsoftmax::backward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -242,72 +274,24 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
     bool write_diff) {
   Layer<Dtype>::ToProto(param, write_diff);
-  param->mutable_largemargin_inner_product_param()->set_iteration(
-      state_->rust->iteration());
+  param->mutable_largemargin_inner_product_param()->set_passes(
+      state_->rust->passes());
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::Resume(int iteration) {
-  state_->rust->resume(iteration);
-  LogResume();
+void LargeMarginInnerProductLayer<Dtype>::Resume(int64_t passes) {
+  state_->rust->resume(passes);
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::ResumeAfter(int passes) {
-  state_->rust->resume_after(passes);
-  LogResume();
+int64_t LargeMarginInnerProductLayer<Dtype>::passes() const {
+  return state_->rust->passes();
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::LogResume() const {
-  LOG_IF(INFO, Caffe::root_solver()) << type() << " layer '"
-      << this->layer_param_.name() << "' resumes after iteration "
-      << state_->rust->iteration() << ", lambda = " << state_->rust->lambda();
+double LargeMarginInnerProductLayer<Dtype>::lambda() const {
+  return state_->rust->lambda();
 }
-
-template <typename Dtype>
-void RestoreLargeMarginIteration(Net<Dtype>* net, const string& state_file,
-    int iter, int iter_size) {
-  typedef LargeMarginInnerProductLayer<Dtype> MarginLayer;
-  std::map<string, MarginLayer*> layers;
-  for (int i = 0; i < net->layers().size(); ++i) {
-    MarginLayer* layer = dynamic_cast<MarginLayer*>(net->layers()[i].get());
-    if (layer) { layers[net->layer_names()[i]] = layer; }
-  }
-  if (layers.empty()) { return; }
-
-  const string hdf5 = ".h5";
-  if (state_file.size() < hdf5.size() || state_file.compare(
-      state_file.size() - hdf5.size(), hdf5.size(), hdf5) != 0) {
-    SolverState state;
-    ReadProtoFromBinaryFileOrDie(state_file, &state);
-    NetParameter model;
-    if (state.has_learned_net()) {
-      ReadProtoFromBinaryFileOrDie(state.learned_net(), &model);
-    }
-    for (int i = 0; i < model.layer_size(); ++i) {
-      const LayerParameter& saved = model.layer(i);
-      if (layers.count(saved.name())
-          && saved.largemargin_inner_product_param().has_iteration()) {
-        layers[saved.name()]->Resume(
-            saved.largemargin_inner_product_param().iteration());
-        layers.erase(saved.name());
-      }
-    }
-  }
-  // What no model tells: HDF5 snapshots, and those of the original layer.
-  const int64_t passes = static_cast<int64_t>(iter) * iter_size;
-  const int64_t most = std::numeric_limits<int>::max();
-  for (typename std::map<string, MarginLayer*>::iterator it = layers.begin();
-      it != layers.end(); ++it) {
-    it->second->ResumeAfter(static_cast<int>(std::min(passes, most)));
-  }
-}
-
-template void RestoreLargeMarginIteration<float>(Net<float>* net,
-    const string& state_file, int iter, int iter_size);
-template void RestoreLargeMarginIteration<double>(Net<double>* net,
-    const string& state_file, int iter, int iter_size);
 
 INSTANTIATE_CLASS(LargeMarginInnerProductLayer);
 REGISTER_LAYER_CLASS(LargeMarginInnerProduct);

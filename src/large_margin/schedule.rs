@@ -34,8 +34,8 @@ impl Schedule {
     ///
     /// `max(lambda_min, base * (1 + gamma * iteration)^(-power))`, at least 0
     /// and finite.
-    pub fn lambda(&self, iteration: i32) -> f64 {
-        let decay = (1.0 + self.gamma * f64::from(iteration)).powf(-self.power);
+    pub fn lambda(&self, iteration: i64) -> f64 {
+        let decay = (1.0 + self.gamma * iteration as f64).powf(-self.power);
         (self.base * decay).max(self.lambda_min)
     }
 }
@@ -60,7 +60,7 @@ mod tests {
         assert_eq!(s.lambda(0), 1000.0);
         assert_eq!(s.lambda(2), 250.0);
         assert_eq!(s.lambda(6), 62.5);
-        assert_eq!(s.lambda(i32::MAX), 3.0);
+        assert_eq!(s.lambda(i64::MAX), 3.0);
     }
 
     #[test]
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn extreme_parameters_stay_finite() {
         let s = schedule(f32::MAX, f32::MAX, f32::MAX, 0.0).unwrap();
-        assert_eq!(s.lambda(i32::MAX), 0.0);
+        assert_eq!(s.lambda(i64::MAX), 0.0);
         assert_eq!(s.lambda(0), f64::from(f32::MAX));
     }
 

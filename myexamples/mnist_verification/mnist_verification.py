@@ -1,0 +1,156 @@
+#!/usr/bin/python3
+"""Compares softmax (m = 1) with margins by verification, on unseen classes.
+
+Trains the net on the digits 0 to 4 for each m and seed, then takes every pair
+of test images of the digits 5 to 9 and asks by the cosine of their features
+whether both are the same digit. Prints the equal error rate (EER) and the
+true accept rate (TAR) at false accept rates (FAR) of 1 % and 0.1 %, mean and
+standard deviation over the seeds, as a Markdown table, and draws the ROC
+curves. Stopped and run again, it goes on with the runs that are missing.
+"""
+import argparse
+import os
+import statistics
+import sys
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+import caffe_proto  # noqa: E402
+import features  # noqa: E402
+import runs  # noqa: E402
+import split_digits  # noqa: E402
+import verify  # noqa: E402
+
+BLOB = "bn3"
+UNSEEN = (5, 9)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-m", "--margins", type=int, nargs="+",
+                        default=[1, 2, 3, 4], metavar="M",
+                        help="default: 1 2 3 4")
+    parser.add_argument("-s", "--seeds", type=int, default=3, metavar="N",
+                        help="runs of each margin (default: 3)")
+    parser.add_argument("--solver", metavar="SOLVER", default=os.path.join(
+        HERE, "verification_solver.prototxt"),
+        help="default: verification_solver.prototxt")
+    parser.add_argument("--images", metavar="PREFIX", default=os.path.join(
+        HERE, "..", "mnist", "data", "t10k"), help="the test images: "
+        "PREFIX-images-idx3-ubyte and -labels- (default: MNIST's)")
+    parser.add_argument("-o", "--output", metavar="FOLDER",
+                        default=os.path.join(HERE, "runs"),
+                        help="default: myexamples/mnist_verification/runs")
+    parser.add_argument("-j", "--jobs", type=int, metavar="N",
+                        default=os.cpu_count(),
+                        help="nets trained at once (default: one a core)")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
+        parser.error("margins, seeds and jobs are at least 1")
+    args.margins = sorted(set(args.margins))
+    return args
+
+
+def all_pairs(rows, labels):
+    """(cosines, same) of every pair of rows."""
+    rows = verify.normalised(rows).astype(np.float32)
+    pairs = np.triu(np.ones((len(rows), len(rows)), bool), 1)
+    return (rows @ rows.T)[pairs], (labels[:, None] == labels)[pairs]
+
+
+class Judgement:
+    """What the pairs say of a trained run; rates are those of the plot."""
+
+    def __init__(self, pb, caffe, run, images, labels, rates):
+        extractor = features.Extractor(
+            pb, caffe, os.path.join(run.path, "net.prototxt"), run.model,
+            BLOB, batch=100)
+        rows = extractor.features(range(len(images)), lambda i: images[i])
+        # Of millions of pairs: the whole curve is too large to keep.
+        roc = verify.Roc(*all_pairs(rows, labels))
+        self.eer = roc.eer()
+        self.tars = roc.tar_at(verify.FARS)
+        self.curve = roc.tar_at(rates)
+
+
+def name(margin):
+    return "softmax (m = 1)" if margin == 1 else "m = %d" % margin
+
+
+def mean_and_deviation(rates):
+    rates = [100 * rate for rate in rates]
+    mean = "%.2f" % statistics.mean(rates)
+    if len(rates) == 1:
+        return mean
+    return "%s ± %.2f" % (mean, statistics.stdev(rates))
+
+
+def print_table(judgements):
+    """judgements: margin to its Judgements, one a seed."""
+    print("| m | EER (%%) | %s | runs: EER |" % " | ".join(
+        "TAR at FAR %s (%%)" % verify.percent(far) for far in verify.FARS))
+    print("|---|---|%s---|" % ("---|" * len(verify.FARS)))
+    for margin, found in judgements.items():
+        cells = [mean_and_deviation([one.eer for one in found])]
+        cells += [mean_and_deviation(rates)
+                  for rates in zip(*(one.tars for one in found))]
+        print("| %d | %s | %s |" % (margin, " | ".join(cells), " ".join(
+            "%.2f" % (100 * one.eer) for one in found)))
+
+
+def run_all(args):
+    pb = caffe_proto.load()
+    verify.load_sklearn("metrics")
+    images, labels = split_digits.read(args.images, *UNSEEN)
+    output = os.path.abspath(args.output)
+    all_runs = [runs.Run(pb, args.solver,
+                         os.path.join(output, "m%d_seed%d" % (margin, seed)),
+                         margin, seed)
+                for seed in range(1, args.seeds + 1)
+                for margin in args.margins]
+    runs.train_all(all_runs, args.jobs)
+    print("comparing %d images of the digits %d to %d, each with each"
+          % ((len(images),) + UNSEEN), flush=True)
+    caffe = features.load_pycaffe()
+    judgements = {margin: [] for margin in args.margins}
+    rates = verify.false_rates(1e-4)
+    progress = runs.Progress()
+    for done, run in enumerate(all_runs):
+        progress.show(lambda: "    %d/%d nets judged" % (
+            done, len(all_runs)))
+        judgements[run.margin].append(
+            Judgement(pb, caffe, run, images, labels, rates))
+    progress.say("mean ± standard deviation of %d seed%s:" % (
+        args.seeds, "s"[args.seeds == 1:]))
+    print_table(judgements)
+    figure, axis = plt.subplots(figsize=(6, 5), constrained_layout=True)
+    verify.draw_roc(axis, rates, [
+        (name(margin), [one.curve for one in found])
+        for margin, found in judgements.items()])
+    axis.set_title("Classes %d to %d of %s, trained on the others" % (
+        UNSEEN + (all_runs[0].dataset() or "images of your own",)))
+    png = os.path.join(output, "roc.png")
+    figure.savefig(png, dpi=100)
+    print("plot: %s" % png)
+
+
+def main():
+    try:
+        run_all(parse_args())
+    except caffe_proto.UserError as error:
+        sys.exit("error: %s" % error)
+    except OSError as error:
+        sys.exit("error: cannot write: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("stopped; run this again to go on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+#!/usr/bin/python3
+"""Shows the angles between test samples and the class weights.
+
+For each sample: the angle of its features to the weights of its own class, and
+to the nearest other class's. Their difference is what a margin is to widen.
+Prints the medians and draws histograms; with several models of one net, one
+below the other (softmax beside margin).
+
+SOLVER|NET is a solver, whose test_iter says how many batches are taken, or a
+net with a data layer in the TEST phase. A net whose margin layer was trained
+until lambda was nearly 0 has own angles far below those of softmax; one whose
+angles are like softmax's had too large a lambda (see plot_lambda.py).
+"""
+import argparse
+import os
+import re
+import sys
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+import caffe_proto  # noqa: E402
+import features  # noqa: E402
+import runs  # noqa: E402
+import snapshots  # noqa: E402
+from caffe_proto import ROOT, UserError  # noqa: E402
+
+BATCHES = 100
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("net", metavar="SOLVER|NET")
+    parser.add_argument("models", metavar="MODEL", nargs="+",
+                        help=".caffemodel")
+    parser.add_argument("--layer", metavar="NAME", help="the layer with the "
+                        "class weights (default: the LargeMarginInnerProduct "
+                        "layer)")
+    parser.add_argument("--label", metavar="NAME", help="the blob with the "
+                        "labels (default: the layer's second bottom, or "
+                        "\"label\")")
+    parser.add_argument("--iterations", metavar="N", type=int, help="batches "
+                        "to take (default: test_iter of the solver; %d for a "
+                        "net)" % BATCHES)
+    parser.add_argument("-o", "--output", metavar="PNG", help="default: the "
+                        "name of SOLVER|NET with _angles.png, in this folder")
+    parser.add_argument("-t", "--title", help="above the plot")
+    args = parser.parse_args()
+    if args.iterations is not None and args.iterations < 1:
+        parser.error("--iterations is at least 1")
+    return args
+
+
+# ---- The net ----
+
+def read(pb, path):
+    """(NetParameter, test_iter or None) of a solver or a net."""
+    from google.protobuf import text_format
+    try:
+        with open(path) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("cannot read %s: %s" % (path, error))
+    try:
+        net = text_format.Parse(text, pb.NetParameter())
+        return features.check_net(net, path), None
+    except text_format.ParseError as error:
+        if re.search(r"(?m)^\s*layers?\s*[:{]", text):
+            raise UserError("%s:%s" % (path, error))
+    # No net, so what is wrong with it as a solver is of interest.
+    solver, net = caffe_proto.read_solver(pb, path)
+    if solver.test_net or solver.test_net_param:
+        if solver.test_net_param:
+            net = solver.test_net_param[0]
+        else:
+            net = features.read_net(pb, found(solver.test_net[0]))
+    return (features.check_net(net, path),
+            solver.test_iter[0] if solver.test_iter else None)
+
+
+def found(path):
+    """path as Caffe finds it from here or from the project's root."""
+    return path if os.path.exists(path) else os.path.join(ROOT, path)
+
+
+def find_layer(pb, net, path, name=None):
+    """The layer of the TEST phase that has the class weights."""
+    if name is None:
+        names = {layer.name for layer in net.layer
+                 if layer.type == "LargeMarginInnerProduct"}
+        if len(names) != 1:
+            raise UserError("%s has %d LargeMarginInnerProduct layers: name "
+                            "the one with the class weights by --layer"
+                            % (path, len(names)))
+        name, = names
+    for layer in net.layer:
+        if layer.name == name and caffe_proto.in_phase(pb, net, layer,
+                                                       pb.TEST):
+            return layer
+    raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
+
+
+def check_sources(net):
+    """Goes to the folder from which the data of the net are found."""
+    sources = [getattr(layer, field).source for layer in net.layer
+               for field in ("data_param", "image_data_param",
+                             "hdf5_data_param")
+               if getattr(layer, field).source]
+    for source in sources:
+        if not os.path.exists(source):
+            if not os.path.exists(os.path.join(ROOT, source)):
+                raise UserError("the net takes its data from %s, which is not "
+                                "there" % source)
+            os.chdir(ROOT)
+
+
+# ---- Angles ----
+
+class Angles:
+    """Angles in degrees of samples to their own class and the nearest other.
+
+    skipped counts the samples left out: without a label of a class, or with
+    features of zeros.
+    """
+
+    def __init__(self, rows, labels, weights):
+        rows, weights = (np.asarray(array, np.float64)
+                         for array in (rows, weights))
+        good = ((labels >= 0) & (labels < len(weights))
+                & (labels == np.floor(labels)) & rows.any(axis=1))
+        self.skipped = int(np.sum(~good))
+        rows, labels = rows[good], labels[good].astype(int)
+        lengths = np.linalg.norm(weights, axis=1)
+        cosine = rows @ (weights / np.where(lengths > 0, lengths, 1)[:, None]
+                         ).T / np.linalg.norm(rows, axis=1)[:, None]
+        angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+        index = np.arange(len(rows))
+        self.own = angle[index, labels]
+        angle[index, labels] = np.inf
+        self.other = angle.min(axis=1)
+
+    def gap(self):
+        """How much farther the nearest other class is."""
+        return self.other - self.own
+
+
+def sample(net, blobs, iterations, progress):
+    """The values of blobs in that many batches, each as one array."""
+    found = [[] for _ in blobs]
+    for done in range(iterations):
+        net.forward()
+        for values, blob in zip(found, blobs):
+            values.append(net.blobs[blob].data.copy())
+        progress.show(lambda: "    %d/%d batches" % (done + 1, iterations))
+    return [np.concatenate(values) for values in found]
+
+
+def describe(pb, model, layer):
+    """(m as text, lambda at the end or None) of what the model was."""
+    if model.endswith(".h5"):
+        return os.path.basename(model), None
+    saved = snapshots.read(pb.NetParameter(), model)
+    for candidate in saved.layer:
+        if candidate.name != layer:
+            continue
+        if candidate.type != "LargeMarginInnerProduct":
+            return "softmax", None
+        param = candidate.largemargin_inner_product_param
+        m = caffe_proto.margin(param)
+        if m == 1:
+            return "softmax (m = 1)", None
+        return "m = %d" % m, (
+            max(param.lambda_min, param.base * (
+                1 + param.gamma * param.passes) ** -param.power)
+            if param.HasField("passes") else None)
+    return os.path.basename(model), None
+
+
+def draw(panels, title):
+    """A figure of (name, Angles), one below the other."""
+    figure, axes = plt.subplots(len(panels), 1, sharex=True, sharey=True,
+                                squeeze=False, constrained_layout=True,
+                                figsize=(8, 1 + 2.4 * len(panels)))
+    last = max(angles.other.max() for _, angles in panels)
+    bins = np.arange(0, min(180, last + 2) + 1, 1.5)
+    for axis, (name, angles) in zip(axes[:, 0], panels):
+        for label, values, colour in (
+                ("own class", angles.own, "tab:blue"),
+                ("nearest other class", angles.other, "tab:orange")):
+            axis.hist(values, bins, alpha=0.6, color=colour, label=label,
+                      weights=np.full(len(values), 100 / len(values)))
+            axis.axvline(np.median(values), color=colour, linewidth=1)
+        axis.set_ylabel("% of samples")
+        axis.set_title("%s, median gap %.1f degrees" % (
+            name, np.median(angles.gap())))
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper left")
+    axes[-1, 0].set_xlabel("angle between features and class weights, degrees")
+    figure.suptitle(title)
+    return figure
+
+
+def run(args):
+    pb = caffe_proto.load()
+    net, iterations = read(pb, args.net)
+    iterations = args.iterations or iterations or BATCHES
+    layer = find_layer(pb, net, args.net, args.layer)
+    label = args.label or (layer.bottom[1] if len(layer.bottom) > 1
+                           else "label")
+    blobs = [layer.bottom[0], label]
+    # The whole layer is kept for its weights.
+    cut = features.cut(pb, net, [layer.top[0], *blobs], args.net)
+    models = [os.path.abspath(model) for model in args.models]
+    output = os.path.abspath(args.output or os.path.splitext(
+        os.path.basename(args.net))[0] + "_angles.png")
+    check_sources(cut)
+    caffe = features.load_pycaffe()
+    progress = runs.Progress()
+    panels = []
+    for shown, model in zip(args.models, models):
+        trained = features.load_net(pb, caffe, cut, model)
+        weights = trained.params[layer.name][0].data
+        rows, labels = sample(trained, blobs, iterations, progress)
+        rows = rows.reshape(len(labels.ravel()), -1)
+        if rows.shape[1] != weights.shape[-1]:
+            raise UserError("layer \"%s\": features of %d numbers do not fit "
+                            "class weights of %s" % (
+                                layer.name, rows.shape[1],
+                                " x ".join(map(str, weights.shape))))
+        if not np.isfinite(rows).all():
+            raise UserError("the features of %s are not finite" % shown)
+        angles = Angles(rows, labels.ravel(), weights)
+        if not len(angles.own):
+            raise UserError("%s: no sample has features and a label of the %d "
+                            "classes" % (shown, len(weights)))
+        name, last = describe(pb, model, layer.name)
+        panels.append((name, angles))
+        progress.say("%s: %s%s" % (shown, name, "" if last is None else
+                                   ", lambda %.3g at the end" % last))
+        print("    %d samples%s: own class %.1f, nearest other class %.1f "
+              "degrees (medians); median gap %.1f" % (
+                  len(angles.own), " (%d without a class or with features of "
+                  "zeros left out)" % angles.skipped if angles.skipped else
+                  "", np.median(angles.own), np.median(angles.other),
+                  np.median(angles.gap())), flush=True)
+        del trained
+    try:
+        draw(panels, args.title or os.path.basename(args.net)).savefig(
+            output, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UserError("cannot write %s: %s" % (output, error))
+    print("plot: %s" % output)
+
+
+def main():
+    try:
+        run(parse_args())
+    except UserError as error:
+        sys.exit("error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+if __name__ == "__main__":
+    main()

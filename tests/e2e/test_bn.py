@@ -1,0 +1,123 @@
+"""BN in whole nets: what the solver and Caffe's Net make of it."""
+
+import re
+
+import pytest
+
+from caffe_e2e import (
+    IP1, LOSS, assert_same_weights, data_layer, inner_product, read_weights,
+    run_caffe, write_net, write_solver)
+
+
+def bn(param="", extra=""):
+    return """
+layer {
+  name: "bn1" type: "BN" bottom: "ip1" top: "bn1" %s bn_param { %s }
+}
+""" % (extra, param)
+
+
+def net(param="", extra=""):
+    return data_layer() + IP1 + bn(param, extra) + inner_product().replace(
+        'bottom: "ip1"', 'bottom: "bn1"') + LOSS
+
+
+def train(folder, text, prefix="snap", options=(), **solver):
+    write_net(folder, text, prefix + ".net")
+    fields = dict(max_iter=20, base_lr=0.1, weight_decay=0.05)
+    fields.update(solver)
+    path = write_solver(folder, net=prefix + ".net", name=prefix + ".solver",
+                        snapshot_prefix=prefix, **fields)
+    return run_caffe("train", "--solver=%s" % path, *options, cwd=folder)
+
+
+def warnings(log):
+    return re.findall(r"^W\S+ .*\] (BN layer 'bn1'.*)$", log, re.M)
+
+
+MOVED = "param { } param { } " + 2 * "param { lr_mult: 3 decay_mult: 4 } "
+
+
+def test_the_solver_moves_no_moving_statistics(data):
+    train(data, net(), "plain")
+    log = train(data, net(extra=MOVED), "spoken", test_iter=1,
+                test_interval=10)
+    assert_same_weights(data / "plain_iter_20.caffemodel",
+                        data / "spoken_iter_20.caffemodel")
+    said, = warnings(log)
+    assert "lr_mult" in said and "decay_mult" in said
+    assert "moving mean, moving inverse standard deviation" in said
+
+
+@pytest.mark.parametrize("extra", [
+    "", 4 * "param { lr_mult: 0 decay_mult: 0 } ",
+    "param { decay_mult: 0 } param { decay_mult: 0 } "])
+def test_no_warning_where_nothing_is_overruled(data, extra):
+    assert warnings(train(data, net(extra=extra))) == []
+
+
+def test_a_frozen_layer_stays_as_it_is(data):
+    train(data, net(), "first")
+    before = read_weights(data / "first_iter_20.caffemodel")
+    log = train(data, net("frozen: true", extra=4 * (
+        "param { lr_mult: 1 decay_mult: 1 } ")), "frozen", options=[
+            "--weights=first_iter_20.caffemodel"])
+    after = read_weights(data / "frozen_iter_20.caffemodel")
+    for i in range(4):
+        assert before["bn1", i].tobytes() == after["bn1", i].tobytes()
+    assert before["ip1", 0].tobytes() != after["ip1", 0].tobytes()
+    assert "slope, bias, moving mean" in warnings(log)[0]
+
+
+@pytest.mark.parametrize("form", ["BINARYPROTO", "HDF5"])
+@pytest.mark.parametrize("solver", ["SGD", "Nesterov", "Adam"])
+def test_a_snapshot_brings_no_momentum_of_them(data, form, solver):
+    """The original Caffe decays the moving statistics, so that its snapshots
+    hold a momentum of theirs, which the solver would go on to apply."""
+    import h5py
+    from caffe.proto import caffe_pb2
+    fields = dict(type=solver, snapshot=10, snapshot_format=form)
+    text = net("frozen: true")
+    train(data, text, "whole", **fields)
+    # Blobs 2 to 5 are BN's: ip1 has two, its PReLU has one before them.
+    if form == "HDF5":
+        state = "whole_iter_10.solverstate.h5"
+        with h5py.File(data / state, "a") as file:
+            number = len(file["history"])
+            for i in (3, 4, 5, 6):
+                file["history"][str(i)][...] = 0.5
+            shapes = {file["history"][str(i)].shape for i in (3, 4, 5, 6)}
+    else:
+        state = "whole_iter_10.solverstate"
+        solved = caffe_pb2.SolverState()
+        solved.ParseFromString((data / state).read_bytes())
+        number = len(solved.history)
+        for i in (3, 4, 5, 6):
+            solved.history[i].data[:] = [0.5] * len(solved.history[i].data)
+        shapes = {tuple(solved.history[i].shape.dim) for i in (3, 4, 5, 6)}
+        (data / state).write_bytes(solved.SerializeToString())
+    assert shapes == {(1, 6)}
+    assert number == (16 if solver == "Adam" else 8)
+    train(data, text, "resumed", options=["--snapshot=" + state], **fields)
+    suffix = ".h5" if form == "HDF5" else ""
+    assert_same_weights(data / ("whole_iter_20.caffemodel" + suffix),
+                        data / ("resumed_iter_20.caffemodel" + suffix))
+
+
+def test_a_frozen_trunk_ends_the_backward_pass(data):
+    """Where the prototxt says so: Caffe's Net does not ask the layer."""
+    still = "param { lr_mult: 0 } "
+    trunk = IP1.replace('top: "ip1"\n', 'top: "ip1" %s\n' % (2 * still)
+                        ).replace('type: "PReLU"', 'type: "PReLU" ' + still)
+    text = data_layer() + trunk + bn("frozen: true", "%s") + \
+        inner_product().replace('bottom: "ip1"', 'bottom: "bn1"') + LOSS
+    log = train(data, text % (4 * still), max_iter=2)
+    for name in ("ip1", "prelu1", "bn1"):
+        assert "%s does not need backward computation." % name in log
+    assert "ip2 needs backward computation." in log
+    assert warnings(log) == []
+    # Two of the four are not enough.
+    log = train(data, text % (2 * still), max_iter=2)
+    assert "bn1 needs backward computation." in log
+
+

@@ -178,12 +178,13 @@ mod bridge {
 
         /// A layer from its serialized LargeMarginInnerProductParameter.
         fn new_large_margin(param: &[u8]) -> Result<Box<LargeMarginInnerProduct>>;
-        /// Takes the bottoms' shapes; `labels` < 0: there is no label bottom.
+        /// Takes the bottoms' shapes; the labels' counts where there are any.
         #[cxx_name = "reshape"]
         fn margin_reshape(
             layer: &mut LargeMarginInnerProduct,
             features: &[i32],
-            labels: i32,
+            has_labels: bool,
+            labels: &[i32],
         ) -> Result<MarginSizes>;
         /// The forward passes behind the layer, all that ever were.
         fn passes(self: &LargeMarginInnerProduct) -> i64;

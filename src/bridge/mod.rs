@@ -134,10 +134,11 @@ fn new_large_margin(bytes: &[u8]) -> Result<Box<LargeMarginInnerProduct>> {
 fn margin_reshape(
     layer: &mut LargeMarginInnerProduct,
     features: &[i32],
-    labels: i32,
+    has_labels: bool,
+    labels: &[i32],
 ) -> Result<ffi::MarginSizes> {
     guard(|| {
-        let sizes = layer.reshape(features, usize::try_from(labels).ok())?;
+        let sizes = layer.reshape(features, has_labels.then_some(labels))?;
         Ok(ffi::MarginSizes {
             classes: int(sizes.classes)?,
             features: int(sizes.features)?,

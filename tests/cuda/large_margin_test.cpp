@@ -96,7 +96,8 @@ class Layer {
   Outcome<Dtype> Prepare(Wanted wanted) {
     const int32_t shape[] = {p_.samples, p_.features};
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust_,
-        rust::Slice<const int32_t>(shape, 2), wanted.labels ? p_.samples : -1);
+        rust::Slice<const int32_t>(shape, 2), wanted.labels,
+        rust::Slice<const int32_t>(shape, 1));
     // What forward must overwrite holds NaN; what backward adds to, values.
     Outcome<Dtype> out;
     const Dtype old = std::numeric_limits<Dtype>::quiet_NaN();

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -64,7 +65,9 @@ struct BNLayer<Dtype>::State {
         << layer.layer_param().name() << "': all values of channel " << channel
         << " of a batch are the same. Its variance is 0, and such batches move "
         << "its moving inverse standard deviation, by which the TEST phase "
-        << "normalizes, towards 1 / sqrt(eps)";
+        << "normalizes, towards 1 / sqrt(eps) = "
+        << 1 / std::sqrt(layer.layer_param().bn_param().eps())
+        << ": use larger batches, a larger eps, or frozen: true";
   }
 
   rust::Box<lsoftmax::BatchNorm> rust;

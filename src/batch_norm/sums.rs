@@ -5,13 +5,11 @@
 //! formula of Chan, Golub and LeVeque (1979): a mean far from zero costs no
 //! digits, and f32 values of any size do not overflow.
 
-use std::array;
-
 use super::Statistics;
 use super::sweep::{Columns, SEGMENT, TILE, spread, tiles};
 use super::x_hat::{Values, x_hat};
 use crate::dtype::Dtype;
-use crate::simd::{lane_sum, wide, with_avx2};
+use crate::simd::{lane_sum, with_avx2};
 
 /// Values of a block: they stay in the L1 cache from one pass to the next.
 const BLOCK: usize = 4096;
@@ -69,9 +67,12 @@ fn block_moments<T: Dtype>(x: &[T]) -> Pair {
     // Differences from a value of the block: where the mean is far from zero
     // their sum is small and keeps its digits.
     let pivot: f64 = x[0].into();
-    let sum = lane_sum(x, x, |v, _| wide(v).map(|v| v - pivot));
+    let sum = lane_sum(x, x, |v, _| v.into() - pivot);
     let mean = pivot + sum / x.len() as f64;
-    let m2 = lane_sum(x, x, |v, _| wide(v).map(|v| (v - mean) * (v - mean)));
+    let m2 = lane_sum(x, x, |v, _| {
+        let distance = v.into() - mean;
+        distance * distance
+    });
     [mean, m2]
 }
 
@@ -207,11 +208,8 @@ fn gradient_sums_body<T: Dtype>(
 /// Sum g and sum g x_hat of a block.
 #[inline(always)]
 fn block_sums<T: Dtype>(top: &[T], values: &[T], whitening: [T; 3]) -> Pair {
-    let g = lane_sum(top, top, |g, _| wide(g));
-    let g_x_hat = lane_sum(top, values, |g, x| {
-        let (g, x_hat) = (wide(g), wide(&x.map(|x| x_hat(x, whitening))));
-        array::from_fn(|i| g[i] * x_hat[i])
-    });
+    let g = lane_sum(top, top, |g, _| g.into());
+    let g_x_hat = lane_sum(top, values, |g, x| g.into() * x_hat(x, whitening).into());
     [g, g_x_hat]
 }
 

@@ -2,7 +2,7 @@
 //! margin costs beyond InnerProduct.
 
 use crate::dtype::Dtype;
-use crate::simd::{lane_sum, wide, with_avx2};
+use crate::simd::{lane_sum, with_avx2};
 
 /// The Euclidean norm of `x`, as accurate as f64 allows for any finite `x`.
 pub fn norm<T: Dtype>(x: &[T]) -> f64 {
@@ -38,7 +38,10 @@ fn sum_squares<T: Dtype>(x: &[T]) -> f64 {
 
 #[inline(always)]
 fn sum_squares_body<T: Dtype>(x: &[T]) -> f64 {
-    lane_sum(x, x, |v, _| wide(v).map(|v| v * v))
+    lane_sum(x, x, |v, _| {
+        let v: f64 = v.into();
+        v * v
+    })
 }
 
 /// A factor `value * (numerator / denominator)` of a row whose norm is

@@ -513,7 +513,7 @@ void DriverErrors() {
     const std::string function = calls.substr(begin, end - begin);
     // What a freed layer cannot report, and what only fails with its caller.
     if (function == "cuMemFreeHost" || function == "cuStreamSynchronize"
-        || function == "cuCtxGetCurrent") {
+        || function == "cuCtxGetCurrent" || function == "cuCtxSetCurrent") {
       continue;
     }
     const bool seen =

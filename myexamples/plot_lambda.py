@@ -125,6 +125,16 @@ def first_below(solver, param, value):
     return low if low < solver.max_iter else None
 
 
+def passes(solver, param):
+    """When the margin has 10, 50 and 90 % of the weight, in words."""
+    words = []
+    for percent in (10, 50, 90):
+        first = first_below(solver, param, 100 / percent - 1)
+        words.append("%d %% %s" % (percent, "never" if first is None
+                                   else "from iteration %d on" % first))
+    return "the margin's weight: " + ", ".join(words)
+
+
 def print_table(solver, param):
     """Prints about 16 iterations, the drops of the learning rate included."""
     step = max(1, round(solver.max_iter / 12))
@@ -138,6 +148,8 @@ def print_table(solver, param):
         print("%10d %12.4g %12.4g %12.4g" % (
             iteration, learning_rate(solver, iteration), value,
             1 / (1 + value)))
+    if caffe_proto.margin(param) > 1:
+        print(passes(solver, param))
 
 
 def suggest(solver, param, final):

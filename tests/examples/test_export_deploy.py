@@ -289,6 +289,26 @@ def test_phases(bench):
         ("abs", "ELU"), ("ip2", "InnerProduct"), ("prob", "Softmax")]
 
 
+@pytest.mark.parametrize("kind, extra", [
+    ("CenterLoss", ""), ("Python", "loss_weight: 1 python_param { module: "
+                         '"mine" layer: "Loss" }')])
+def test_losses_of_others(bench, kind, extra):
+    """They need not be known to be left out."""
+    layers = [inner("ip1", "data"), inner("ip2", "ip1"), loss("ip2")]
+    bench.make_model("\n".join([image(2, 4, 9, 9), *layers]))
+    bench.write(image(2, 4, 9, 9), *layers,
+                layer(kind, "center", "ip1 label", None, extra))
+    assert types(bench.export())[1:] == [
+        ("ip1", "InnerProduct"), ("ip2", "InnerProduct"), ("prob", "Softmax")]
+
+
+def test_net_that_caffe_has_dumped(bench):
+    """Its layers say in which phase that was, which is no rule."""
+    net = bench.check([inner("ip1", "data", more="phase: TRAIN"),
+                       inner("ip2", "ip1", more="phase: TEST")], "ip2")
+    assert len(net.layer) == 3 and "phase" not in str(net)
+
+
 def test_margin_for_training_inner_product_for_tests(bench):
     net = bench.check([
         inner("ip1", "data"),

@@ -51,10 +51,12 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
 
   lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
-    const vector<int>& shape = bottom[0]->shape();
+    const bool has_labels = bottom.size() > 1;
+    const vector<int>& features = bottom[0]->shape();
+    const vector<int>& labels = bottom[has_labels ? 1 : 0]->shape();
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
-        rust::Slice<const int32_t>(shape.data(), shape.size()),
-        bottom.size() > 1 ? bottom[1]->count() : -1);
+        rust::Slice<const int32_t>(features.data(), features.size()),
+        has_labels, rust::Slice<const int32_t>(labels.data(), labels.size()));
 #ifndef CPU_ONLY
     scratch.Reshape(sizes.device_bytes);
 #endif  // CPU_ONLY

@@ -1,41 +1,26 @@
 #!/usr/bin/env bash
 # Finds or gets a CUDA toolkit, without root and without a GPU.
-set -euo pipefail
-unset CDPATH
-
-usage() {
-  cat <<'END'
-Usage: cmake/cuda_toolkit.sh [--compiler] [DEST]
-
-Prints the path of a CUDA toolkit, with bin/nvcc, include and lib64 in it. Uses
-$CUDA_HOME if that is set, else the nvcc in PATH or in /usr/local/cuda. Where
-there is none it unpacks NVIDIA's packages on PyPI into DEST (build/cuda of
-this project); what is there already is not got again.
-
-  --compiler  nvcc and the CUDA runtime alone (0.1 GB to download), which
-              compile kernels. Without it cuBLAS and cuRAND come too (0.6 GB),
-              which Caffe links.
-END
-}
-
-project=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-python=/usr/bin/python3
-
-say() { printf 'cuda_toolkit: %s\n' "$*" >&2; }
-die() {
-  printf 'cuda_toolkit: error: %s\n' "$1" >&2
-  shift
-  if (( $# )); then printf '  %s\n' "$@" >&2; fi
-  exit 1
-}
+#
+# Usage: cmake/cuda_toolkit.sh [--compiler] [DEST]
+#
+# Prints the path of a CUDA toolkit, with bin/nvcc, include and lib64 in it. Uses
+# $CUDA_HOME if that is set, else the nvcc in PATH or in /usr/local/cuda. Where
+# there is none it unpacks NVIDIA's packages on PyPI into DEST (build/cuda of
+# this project); what is there already is not got again.
+#
+#   --compiler  nvcc and the CUDA runtime alone (0.1 GB to download), which
+#               compile kernels. Without it cuBLAS and cuRAND come too (0.6 GB),
+#               which Caffe links.
+# shellcheck source=SCRIPTDIR/shell.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/shell.sh"
+say() { printf '%s: %s\n' "$me" "$*" >&2; }  # the path alone is printed
 
 set=full
 dest=
 while (( $# )); do
   case $1 in
     --compiler) set=compiler ;;
-    -h|--help) usage; exit 0 ;;
-    -*) usage >&2; die "unknown option $1" ;;
+    -*) bad_usage "unknown option $1" ;;
     *) [[ -z $dest ]] || die "one DEST, not both $dest and $1"; dest=$1 ;;
   esac
   shift
@@ -79,12 +64,7 @@ if [[ $set == full ]]; then
 fi
 
 [[ $dest == /* ]] || dest=$PWD/$dest
-mkdir -p -- "$(dirname -- "$dest")"
-exec 9>> "$dest.lock"
-if ! flock -n 9; then
-  say "another run is getting $dest; waiting for it"
-  flock 9
-fi
+one_at_a_time "$dest.lock" "$dest"
 
 # The file says which set is there, and that it is whole.
 have=$(cat -- "$dest/complete" 2> /dev/null || true)

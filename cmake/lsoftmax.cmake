@@ -5,54 +5,22 @@
 get_filename_component(LSOFTMAX_ROOT "${CMAKE_CURRENT_LIST_FILE}" PATH)
 get_filename_component(LSOFTMAX_ROOT "${LSOFTMAX_ROOT}" PATH)
 
-# ---[ A cargo that is new enough
-file(STRINGS "${LSOFTMAX_ROOT}/Cargo.toml" __lsoftmax_rust
-     REGEX "^rust-version")
-string(REGEX REPLACE "[^0-9.]" "" __lsoftmax_rust "${__lsoftmax_rust}")
-
-# The first one on the PATH may be the distribution's old one.
-set(__lsoftmax_home "$ENV{CARGO_HOME}")
-if(NOT __lsoftmax_home)
-  set(__lsoftmax_home "$ENV{HOME}/.cargo")
-endif()
-set(__lsoftmax_seen "")
-set(__lsoftmax_cargo "")
-file(GLOB __lsoftmax_versioned "/usr/lib/rust-*/bin")
-string(REPLACE ":" ";" __lsoftmax_dirs "$ENV{PATH}")
-foreach(__dir ${__lsoftmax_dirs} "${__lsoftmax_home}/bin"
-        "$ENV{HOME}/.cargo/bin" ${__lsoftmax_versioned})
-  if(NOT __lsoftmax_cargo AND EXISTS "${__dir}/cargo")
-    execute_process(COMMAND "${__dir}/cargo" --version
-                    WORKING_DIRECTORY "${LSOFTMAX_ROOT}"
-                    OUTPUT_VARIABLE __version ERROR_VARIABLE __version)
-    string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" __version "${__version}")
-    if(__version AND NOT __version VERSION_LESS __lsoftmax_rust)
-      set(__lsoftmax_cargo "${__dir}/cargo")
-      message(STATUS "Rust library of L-Softmax: ${__dir}/cargo ${__version}")
-    else()
-      set(__lsoftmax_seen
-          "${__lsoftmax_seen}\n  ${__dir}/cargo has version ${__version}")
-    endif()
-  endif()
-endforeach()
+# ---[ A cargo that is new enough, or the reason why there is none
+execute_process(COMMAND "${LSOFTMAX_ROOT}/cmake/find_cargo.sh"
+                OUTPUT_VARIABLE __lsoftmax_cargo ERROR_VARIABLE __lsoftmax_why
+                OUTPUT_STRIP_TRAILING_WHITESPACE)
 if(NOT __lsoftmax_cargo)
-  message(FATAL_ERROR
-    "The LargeMarginInnerProduct and BN layers need Rust ${__lsoftmax_rust} or "
-    "newer, and its cargo was not found on the PATH, in ~/.cargo/bin or in "
-    "/usr/lib/rust-*/bin.${__lsoftmax_seen}\n"
-    "Debian 12: apt-get install cargo-web rustc-web. Elsewhere: rustup, or "
-    "your distribution's cargo.")
+  message(FATAL_ERROR "The LargeMarginInnerProduct and BN layers:\n"
+                      "${__lsoftmax_why}")
 endif()
-get_filename_component(__lsoftmax_cargo_dir "${__lsoftmax_cargo}" PATH)
+message(STATUS "Rust library of L-Softmax: ${__lsoftmax_cargo}/cargo")
 
 # ---[ The library, built by cargo on each make; cargo knows what is old
 set(LSOFTMAX_TARGET_DIR "${PROJECT_BINARY_DIR}/lsoftmax")
 set(LSOFTMAX_LIBRARY "${LSOFTMAX_TARGET_DIR}/release/liblsoftmax.a")
 
-# rustc must be the one beside cargo, and the bridge's C++ must come from the
-# compiler of Caffe. Make's job server does not reach cargo: it would warn.
-set(__lsoftmax_env "MAKEFLAGS=" "PATH=${__lsoftmax_cargo_dir}:$ENV{PATH}"
-                   "CARGO_TARGET_DIR=${LSOFTMAX_TARGET_DIR}"
+# The bridge's C++ must come from the compiler of Caffe.
+set(__lsoftmax_env "CARGO_TARGET_DIR=${LSOFTMAX_TARGET_DIR}"
                    "CXX=${CMAKE_CXX_COMPILER}")
 set(__lsoftmax_features "")
 if(HAVE_CUDA)
@@ -67,8 +35,8 @@ endif()
 
 add_custom_target(lsoftmax
   COMMAND ${CMAKE_COMMAND} -E env ${__lsoftmax_env}
-          "${__lsoftmax_cargo}" build --release --locked
-          --manifest-path "${LSOFTMAX_ROOT}/Cargo.toml" ${__lsoftmax_features}
+          "${LSOFTMAX_ROOT}/cmake/find_cargo.sh" build --release --locked
+          ${__lsoftmax_features}
   BYPRODUCTS "${LSOFTMAX_LIBRARY}"
   COMMENT "Building the Rust library of LargeMarginInnerProduct and BN"
   VERBATIM)

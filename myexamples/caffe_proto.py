@@ -3,7 +3,9 @@ import ctypes
 import importlib
 import math
 import os
+import subprocess
 import sys
+import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -12,26 +14,50 @@ class UserError(Exception):
     """A mistake in the input; the message says what to do."""
 
 
-def load():
-    """The module caffe_pb2 of the built, patched Caffe.
+def compile_proto(source, folder):
+    """Makes caffe_pb2.py in folder from the caffe.proto at source."""
+    try:
+        done = subprocess.run(
+            ["protoc", "--proto_path=" + os.path.dirname(source),
+             "--python_out=" + folder, source],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise UserError("cannot run protoc: %s" % error.strerror)
+    if done.returncode:
+        raise UserError("protoc: " + done.stdout.strip())
 
-    It is imported by itself: the whole of pycaffe takes a second to load and
-    initialises logging.
-    """
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        ROOT, "build", "caffe")
-    folder = os.path.join(caffe_root, "python", "caffe", "proto")
-    if not os.path.exists(os.path.join(folder, "caffe_pb2.py")):
-        raise UserError("no built pycaffe in %s: run cmake/build_caffe.sh, or "
-                        "set CAFFE_ROOT to a Caffe with the plugin"
-                        % caffe_root)
+
+def import_from(folder):
+    """The module caffe_pb2 in folder, which does not stay on the path."""
     sys.path.insert(0, folder)
     try:
-        module = importlib.import_module("caffe_pb2")
+        return importlib.import_module("caffe_pb2")
     except ImportError as error:
         raise UserError("cannot load %s/caffe_pb2.py: %s" % (folder, error))
     finally:
         sys.path.remove(folder)
+
+
+def load():
+    """The module caffe_pb2 of the patched Caffe.
+
+    It is imported by itself: the whole of pycaffe takes a second to load and
+    initialises logging. Where pycaffe is not built (Make builds it apart from
+    Caffe), it is made from caffe.proto, and nothing is left of that.
+    """
+    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
+        ROOT, "build", "caffe")
+    folder = os.path.join(caffe_root, "python", "caffe", "proto")
+    source = os.path.join(caffe_root, "src", "caffe", "proto", "caffe.proto")
+    if os.path.exists(os.path.join(folder, "caffe_pb2.py")):
+        module = import_from(folder)
+    elif os.path.exists(source):
+        with tempfile.TemporaryDirectory() as made:
+            compile_proto(source, made)
+            module = import_from(made)
+    else:
+        raise UserError("no Caffe in %s: run cmake/build_caffe.sh, or set "
+                        "CAFFE_ROOT to a Caffe with the plugin" % caffe_root)
     if not hasattr(module, "LargeMarginInnerProductParameter"):
         raise UserError("the Caffe in %s has no LargeMarginInnerProduct: run "
                         "caffe_patch/apply.sh on it and build it again"
@@ -54,7 +80,17 @@ def read_text(path, message):
 
 def read_solver(pb, path):
     """The SolverParameter at path and its NetParameter."""
-    solver = read_text(path, pb.SolverParameter())
+    try:
+        solver = read_text(path, pb.SolverParameter())
+    except UserError:
+        try:
+            net = read_text(path, pb.NetParameter())
+        except UserError:
+            net = None
+        if net is None or not (net.layer or net.layers):
+            raise
+        raise UserError("%s is a net: give its solver, the prototxt with the "
+                        "line  net: \"%s\"" % (path, path))
     if solver.HasField("net_param"):
         return solver, solver.net_param
     if solver.HasField("train_net_param"):

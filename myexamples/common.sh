@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# What the example scripts share. Source it first: it goes to the project's
-# root, from which the paths in the prototxts are meant.
-set -euo pipefail
+# What the example scripts share. Source it first: it answers --help with the
+# comment at the script's top, and goes to the project's root, from which the
+# paths in the prototxts are meant.
+# shellcheck source=SCRIPTDIR/../cmake/shell.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../cmake/shell.sh"
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$project
 if [ -n "${CAFFE_ROOT:-}" ]; then
   CAFFE_ROOT=$(realpath -m -- "$CAFFE_ROOT")
   export CAFFE_ROOT
@@ -13,50 +15,20 @@ else
   CAFFE_ROOT=$ROOT/build/caffe
 fi
 CAFFE=$CAFFE_ROOT/build/tools/caffe
-# The system's python has the packages that apt installs; another python3 may
-# come first in PATH.
-PYTHON=/usr/bin/python3
-cd "$ROOT"
+PYTHON=$python
+cd -- "$ROOT"
 
 say() { printf '==> %s\n' "$*"; }
-die() { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+
+# example NAME: a program of Caffe's examples; Make's have .bin in their names.
+example() {
+  local program=$CAFFE_ROOT/build/examples/$1
+  [ ! -x "$program.bin" ] || [ -x "$program" ] || program+=.bin
+  printf '%s' "$program"
+}
 
 # Show PATH as seen from the project's root.
 rel() { printf '%s' "${1#"$ROOT"/}"; }
-
-can_install() {
-  [ "$(id -u)" -eq 0 ] ||
-    { command -v sudo >/dev/null &&
-      { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
-}
-
-# need_packages PURPOSE PACKAGE...: install Debian packages, or say which.
-need_packages() {
-  local purpose=$1 as_root=()
-  shift
-  command -v apt-get >/dev/null ||
-    die "$purpose needs what Debian calls $*: install it and run this again"
-  can_install || die "packages are missing for $purpose, and only root can\
- install them. Ask for
-  apt-get install --no-install-recommends $*"
-  [ "$(id -u)" -eq 0 ] || as_root=(sudo)
-  say "installing for $purpose: $*"
-  local log
-  log=$(mktemp)
-  # Lists that are there do where one does not answer. A run that was killed in
-  # here has left dpkg at half its work.
-  if ! { "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=600 update || true
-         as_root+=(env DEBIAN_FRONTEND=noninteractive)
-         "${as_root[@]}" dpkg --configure -a || true
-         "${as_root[@]}" apt-get -o DPkg::Lock::Timeout=600 install -y \
-           --fix-broken --no-install-recommends "$@"; } >"$log" 2>&1
-  then
-    tail -n 5 "$log" >&2
-    rm -f "$log"
-    die "apt-get could not install $* (its last words are above)"
-  fi
-  rm -f "$log"
-}
 
 fashion=/usr/share/datasets/fashion-mnist
 
@@ -92,26 +64,6 @@ mnist_name() {
 need_plots() {
   "$PYTHON" -c 'import matplotlib' 2>/dev/null ||
     need_packages "the plots" python3-matplotlib
-}
-
-# make_dir DIR: makes DIR if it is not there. Says why where DIR takes no file.
-make_dir() {
-  local said
-  said=$({ mkdir -p -- "$1" && printf '%4096s' '' >"$1/.probe"; } 2>&1) ||
-    { rm -f -- "$1/.probe" 2>/dev/null || true
-      die "cannot write to $(rel "$1"): ${said##*: }"; }
-  rm -f -- "$1/.probe"
-}
-
-# one_at_a_time FILE: from here to its end no other script holds the lock FILE,
-# whose folder is made if it is not there.
-one_at_a_time() {
-  make_dir "${1%/*}"
-  exec 9>"$1"
-  if ! flock -n 9; then
-    say "waiting for another script that works in $(rel "${1%/*}")"
-    flock 9
-  fi
 }
 
 sha256_is() { [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$2" ]; }
@@ -219,7 +171,7 @@ train() {
   local solver=$1 dir=$2 log=$2/train.log status append=()
   shift 2
   [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
-  case " $* " in *' --snapshot='*) append=(-a) ;; esac
+  [[ " $*" != *' --snapshot='* ]] || append=(-a)
   say "the log goes to $(rel "$log")"
   # A trap, even an empty one, makes bash wait for Caffe's last snapshot.
   trap : INT
@@ -253,22 +205,73 @@ model_accuracy() {
   printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
 }
 
-# train_paper SOLVER DIR [OPTION...]: train one of the paper's nets, whose
-# snapshots go to DIR; the options are those of `caffe train`.
+# What to do with the files of an earlier training; the folder itself may hold
+# tracked ones, and Caffe asks for it.
+move_away() {  # DIR
+  printf 'move its files away: mv %q/* ELSEWHERE' "$(rel "$1")"
+}
+
+# paper_options SOLVER CHANNELS HEIGHT WIDTH [OPTION...]: sets $solver and
+# $options for train_paper from the options of one of the paper's trainings:
+# --cpu, and those of `caffe train`. Ends the script where the training needs
+# a GPU, and there is none that Caffe can use.
+paper_options() {
+  local words why shape=("${@:2:3}") cpu='' name
+  solver=$1
+  options=()
+  shift 4
+  while [ $# -gt 0 ]; do
+    name=${1#-}
+    name=--${name#-}
+    case $1 in
+      --cpu | -cpu) cpu=1 ;;
+      -*=*) options+=("$name") ;;
+      -*)
+        # What gflags takes for a value, too.
+        if [ $# -gt 1 ] && [[ $2 != -* ]]; then
+          name+=$(printf '=%s' "$2")
+          shift
+        fi
+        options+=("$name") ;;
+      *) bad_usage "unknown argument $1" ;;
+    esac
+    shift
+  done
+  [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
+  ! grep -q '^ *solver_mode: *CPU' "$solver" || return 0
+  if [ -n "$cpu" ]; then
+    [[ "${options[*]}" != *--gpu* ]] || die "--cpu and --gpu exclude each other"
+    cpu_solver=1
+    return
+  fi
+  words=$("$CAFFE" device_query --gpu=0 2>&1) && return
+  why="Caffe finds no GPU that it can use here"
+  [[ $words != *CPU-only* ]] ||
+    why="this Caffe is built without CUDA (cmake/build_caffe.sh --cuda)"
+  say "timing the net on the CPU"
+  words=$("$PYTHON" "$ROOT/myexamples/cpu_hours.py" "$CAFFE" "$solver" \
+    "${shape[@]}") || words='many'
+  die "the training is made for a GPU, and $why; with --cpu it takes about\
+ $words hours on this machine"
+}
+
+# train_paper DIR: trains one of the paper's nets after paper_options; its
+# snapshots go to DIR.
+cpu_solver=
 train_paper() {
-  local solver=$1 dir=$2 state
-  shift 2
+  local dir=$1 state
   one_at_a_time "$dir/.lock"
   need_plots
   state=$(last_snapshot "$dir")
-  case " $* " in
-    *' --snapshot='*) ;;
-    *)
-      [ -z "$state" ] || die "$(rel "$dir") has an earlier training: go on\
- with --snapshot=$(rel "$state"), or move that folder away"
-      ;;
-  esac
-  train "$solver" "$dir" "$@" ||
+  [[ " ${options[*]}" == *' --snapshot='* || -z $state ]] ||
+    die "$(rel "$dir") has an earlier training: go on with\
+ --snapshot=$(rel "$state"), or $(move_away "$dir")"
+  if [ -n "$cpu_solver" ]; then
+    { grep -v '^ *solver_mode:' "$solver"; echo "solver_mode: CPU"; } \
+      >"$dir/cpu_solver.prototxt"
+    solver=$dir/cpu_solver.prototxt
+  fi
+  train "$solver" "$dir" "${options[@]}" ||
     die "stopped before the end; go on from there with\
  --snapshot=$(rel "$(last_snapshot "$dir")")"
   "$PYTHON" "$ROOT/myexamples/plot_training.py" "$dir/train.log" \

@@ -114,14 +114,15 @@ def label_positions(node):
 
 
 class Graph:
-    """The layers of the TEST net.
+    """The layers of the net of a phase, "TEST" or "TRAIN".
 
     outputs: the values that the deployed net is for.
     notes: what the user should know of what was left out.
     """
 
-    def __init__(self, pb, net, path):
-        self.pb, self.path = pb, path
+    def __init__(self, pb, net, path, phase="TEST"):
+        self.pb, self.path, self.phase = pb, path, phase
+        other = {"TEST": "TRAIN", "TRAIN": "TEST"}[phase]
         self.notes = []
         if net.layers:
             raise UserError("%s is in the format of before 2015 (layers { "
@@ -131,28 +132,29 @@ class Graph:
             raise UserError("%s has no layers" % path)
         state = pb.NetState()
         state.CopyFrom(net.state)
-        state.phase = pb.TEST
-        test = legacy_inputs(pb, net) + [
-            layer for layer in net.layer if in_state(layer, state)]
-        state.phase = pb.TRAIN
-        self.train_only = [layer for layer in net.layer
-                           if in_state(layer, state) and layer not in test]
-        if not any(is_source(layer) for layer in test):
-            test = [layer for layer in self.train_only
-                    if is_source(layer)] + test
+        state.phase = pb.Phase.Value(phase)
+        here = [in_state(layer, state) for layer in net.layer]
+        state.phase = pb.Phase.Value(other)
+        layers = legacy_inputs(pb, net) + [
+            layer for layer, is_here in zip(net.layer, here) if is_here]
+        self.others = [layer for layer, is_here in zip(net.layer, here)
+                       if not is_here and in_state(layer, state)]
+        if not any(is_source(layer) for layer in layers):
+            layers = [layer for layer in self.others
+                      if is_source(layer)] + layers
         self.nodes, seen = [], set()
         current = {}
-        for layer in test:
+        for layer in layers:
             if layer.name in seen:
-                raise UserError("%s has two layers '%s' in the TEST phase"
-                                % (path, layer.name))
+                raise UserError("%s has two layers '%s' in the %s phase"
+                                % (path, layer.name, phase))
             seen.add(layer.name)
             bottoms = []
             for name in layer.bottom:
                 if name not in current:
                     raise UserError("layer '%s' of %s takes '%s', which no "
-                                    "layer before it makes in the TEST phase"
-                                    % (layer.name, path, name))
+                                    "layer before it makes in the %s phase"
+                                    % (layer.name, path, name, phase))
                 bottoms.append(current[name])
             tops = [Value(name, i) for i, name in enumerate(layer.top)]
             current.update(zip(layer.top, tops))
@@ -160,12 +162,12 @@ class Graph:
             copied.CopyFrom(layer)
             copied.ClearField("blobs")
             self.nodes.append(Node(copied, bottoms, tops))
-        for layer in self.train_only:
+        for layer in self.others:
             if layer.type in (MARGIN, "InnerProduct") and \
                     layer.name not in seen:
-                self.notes.append("layer '%s' (%s) is left out: only the "
-                                  "TRAIN phase has it"
-                                  % (layer.name, layer.type))
+                self.notes.append("layer '%s' (%s) is left out: only the %s "
+                                  "phase has it"
+                                  % (layer.name, layer.type, other))
         self.last, self.aliases = current, {}
         self.outputs = []
 
@@ -183,7 +185,7 @@ class Graph:
         """
         self.order_euclidean()
         labels = self.labels()
-        softmaxed = self.train_only_heads()
+        softmaxed = self.heads_of_others()
         gone, kept, wanted = set(labels), [], []
         for node in self.nodes:
             where = label_positions(node)
@@ -226,8 +228,8 @@ class Graph:
                            if top not in taken and top not in silenced]
         self.outputs = list(dict.fromkeys(wanted))
         if not self.outputs:
-            raise UserError("%s makes nothing from its data in the TEST phase"
-                            % self.path)
+            raise UserError("%s makes nothing from its data in the %s phase"
+                            % (self.path, self.phase))
         heads = {}
         for loss, value in softmaxed:
             value = self.aliases.get(value, value)
@@ -289,10 +291,10 @@ class Graph:
                         todo += node.tops
         return found
 
-    def train_only_heads(self):
-        """The losses of the TRAIN phase alone whose scores are here too."""
+    def heads_of_others(self):
+        """The losses of the other phase alone whose scores are here too."""
         found = []
-        for layer in self.train_only:
+        for layer in self.others:
             if LOSSES.get(layer.type, (None, None))[1] and layer.bottom and \
                     layer.bottom[0] in self.last:
                 found.append((Node(layer, [], []),

@@ -5,6 +5,7 @@
 
 Warnings and errors of Caffe pass through.
 """
+import argparse
 import re
 import sys
 import time
@@ -92,6 +93,9 @@ class Table:
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = Table()
     for row in read_rows(sys.stdin, table.other):
         table.add(row)

@@ -1,6 +1,8 @@
 //! The element types that Caffe instantiates its layers for.
 
-use std::ops::{Add, AddAssign, Div, Mul, Sub};
+use std::ops::{Add, AddAssign, Mul, Sub};
+
+use crate::error::{Error, Result};
 
 mod sealed {
     pub trait Sealed {}
@@ -8,22 +10,19 @@ mod sealed {
     impl Sealed for f64 {}
 }
 
-/// Caffe's `Dtype`: `float` or `double`.
+/// Caffe's `Dtype`: `float` or `double`. Sealed, since the bridge relies on any
+/// bytes being a value.
 pub trait Dtype:
     sealed::Sealed
     + Copy
     + Default
-    + PartialOrd
     + Send
     + Sync
-    + std::fmt::Debug
-    + std::fmt::Display
     + Into<f64>
     + Add<Output = Self>
     + AddAssign
     + Sub<Output = Self>
     + Mul<Output = Self>
-    + Div<Output = Self>
     + 'static
 {
     /// The value nearest to `value`; beyond the type's range, infinity.
@@ -51,4 +50,9 @@ impl Dtype for f64 {
     fn from_f64(value: f64) -> Self {
         value
     }
+}
+
+/// `size` as Caffe, BLAS and the kernels count.
+pub(crate) fn int(size: usize) -> Result<i32> {
+    i32::try_from(size).map_err(|_| Error::new(format!("size {size} is more than an int holds")))
 }

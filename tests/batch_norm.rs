@@ -2,7 +2,7 @@
 //! on input that is not what it should be.
 
 use lsoftmax::batch_norm::BatchNorm;
-use lsoftmax::batch_norm::cpu::Gradients;
+use lsoftmax::batch_norm::cpu::{Backward, Forward, Moving};
 use lsoftmax::dtype::Dtype;
 use lsoftmax::param::BnParameter;
 use proptest::prelude::*;
@@ -79,6 +79,27 @@ fn layer(mode: Mode, dims: [usize; 3]) -> BatchNorm {
     layer
 }
 
+/// The moving statistics as the layer takes them.
+fn moving<'a, T>(layer: &BatchNorm, mean: &'a mut [T], inv_std: &'a mut [T]) -> Moving<'a, T> {
+    if layer.by_batch() {
+        Moving::Update { mean, inv_std }
+    } else {
+        Moving::Read { mean, inv_std }
+    }
+}
+
+/// A backward pass that asks for nothing yet.
+fn no_gradients<'a, T>(top_diff: &'a [T], x: &'a [T], slope: &'a [T]) -> Backward<'a, T> {
+    Backward {
+        top_diff: Some(top_diff),
+        x,
+        slope,
+        bottom_diff: None,
+        slope_diff: None,
+        bias_diff: None,
+    }
+}
+
 impl Problem {
     /// Channels that differ in mean, deviation, slope and bias.
     fn random(seed: u64, dims: [usize; 3]) -> Self {
@@ -104,55 +125,73 @@ impl Problem {
 
     fn run<T: Dtype>(&self, mode: Mode) -> Outcome<T> {
         let mut layer = layer(mode, self.dims);
-        let (x, g) = (cast::<T>(&self.x), cast::<T>(&self.g));
-        let (slope, bias) = (cast::<T>(&self.slope), cast::<T>(&self.bias));
-        let mut out = self.begin(&mut layer, &x);
-        layer.normalize(&x, &slope, &bias, &mut out.y).unwrap();
-        let gradients = Gradients {
-            bottom: Some(&mut out.dx[..]),
-            slope: Some(&mut out.slope[..]),
-            bias: Some(&mut out.bias[..]),
+        let (x, g, slope) = (cast::<T>(&self.x), cast::<T>(&self.g), cast(&self.slope));
+        let mut out = self.forward(&mut layer, &x);
+        let pass = Backward {
+            bottom_diff: Some(&mut out.dx[..]),
+            slope_diff: Some(&mut out.slope[..]),
+            bias_diff: Some(&mut out.bias[..]),
+            ..no_gradients(&g, &x, &slope)
         };
-        layer.backward(&g, &x, &slope, gradients).unwrap();
+        layer.backward(pass).unwrap();
         out
     }
 
     fn run_in_place<T: Dtype>(&self, mode: Mode) -> Outcome<T> {
         let mut layer = layer(mode, self.dims);
         let (slope, bias) = (cast::<T>(&self.slope), cast::<T>(&self.bias));
-        let x = cast::<T>(&self.x);
-        let mut out = self.begin(&mut layer, &x);
-        out.y.copy_from_slice(&x);
+        let mut out = self.before_passes(&cast::<T>(&self.x));
+        out.y = cast(&self.x);
         out.dx = cast(&self.g);
-        let mut x_hat = if mode == Frozen { vec![] } else { x };
-        let kept = (mode != Frozen).then_some(&mut x_hat[..]);
-        layer
-            .normalize_in_place(&slope, &bias, &mut out.y, kept)
-            .unwrap();
-        let (ds, db) = (Some(&mut out.slope[..]), Some(&mut out.bias[..]));
-        layer
-            .backward_in_place(&x_hat, &slope, &mut out.dx, true, ds, db)
-            .unwrap();
+        let mut x_hat = if mode == Frozen {
+            vec![]
+        } else {
+            out.y.clone()
+        };
+        let pass = Forward {
+            bottom: None,
+            slope: &slope,
+            bias: &bias,
+            moving: moving(&layer, &mut out.mean, &mut out.inv_std),
+            top: &mut out.y,
+            x_hat: (mode != Frozen).then_some(&mut x_hat[..]),
+        };
+        layer.forward(pass).unwrap();
+        let pass = Backward {
+            top_diff: None,
+            bottom_diff: Some(&mut out.dx[..]),
+            slope_diff: Some(&mut out.slope[..]),
+            bias_diff: Some(&mut out.bias[..]),
+            x: &x_hat,
+            slope: &slope,
+        };
+        layer.backward(pass).unwrap();
         out
     }
 
-    /// The first half of a forward pass; y and dx are not there yet.
-    fn begin<T: Dtype>(&self, layer: &mut BatchNorm, x: &[T]) -> Outcome<T> {
-        let (mut mean, mut inv_std) = (cast::<T>(&self.mean), cast::<T>(&self.inv_std));
-        if layer.by_batch() {
-            layer
-                .take_batch_statistics(x, &mut mean, &mut inv_std)
-                .unwrap();
-        } else {
-            layer.take_moving_statistics(&mean, &inv_std).unwrap();
-        }
+    /// A forward pass; dx, the gradients of slope and bias are not there yet.
+    fn forward<T: Dtype>(&self, layer: &mut BatchNorm, x: &[T]) -> Outcome<T> {
+        let mut out = self.before_passes(x);
+        let pass = Forward {
+            bottom: Some(x),
+            slope: &cast::<T>(&self.slope),
+            bias: &cast::<T>(&self.bias),
+            moving: moving(layer, &mut out.mean, &mut out.inv_std),
+            top: &mut out.y,
+            x_hat: None,
+        };
+        layer.forward(pass).unwrap();
+        out
+    }
+
+    fn before_passes<T: Dtype>(&self, x: &[T]) -> Outcome<T> {
         Outcome {
             y: vec![T::from_f64(f64::NAN); x.len()],
             dx: vec![T::from_f64(f64::NAN); x.len()],
-            slope: vec![T::default(); mean.len()],
-            bias: vec![T::default(); mean.len()],
-            mean,
-            inv_std,
+            slope: vec![T::default(); self.mean.len()],
+            bias: vec![T::default(); self.mean.len()],
+            mean: cast(&self.mean),
+            inv_std: cast(&self.inv_std),
         }
     }
 
@@ -214,7 +253,8 @@ fn assert_close<T: Dtype>(got: &Outcome<T>, want: &Outcome<f64>, tolerance: f64,
         assert_eq!(got.len(), want.len(), "{name}, {what}");
         let scale = want.iter().fold(1.0, |big: f64, v| big.max(v.abs()));
         for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
-            let error = (got.into() - want).abs() / scale;
+            let got: f64 = got.into();
+            let error = (got - want).abs() / scale;
             assert!(
                 error <= tolerance,
                 "{name}[{i}] is {got}, not {want}: {what}"
@@ -353,57 +393,31 @@ fn only_gradients_that_are_wanted_are_touched() {
     for mode in [Train, Test, Frozen] {
         let want = p.run::<f64>(mode);
         let mut layer = layer(mode, p.dims);
-        p.begin(&mut layer, x);
+        p.forward(&mut layer, x);
 
         let mut dx = vec![0.0; x.len()];
-        let only_dx = Gradients {
-            bottom: Some(&mut dx[..]),
-            slope: None,
-            bias: None,
+        let pass = Backward {
+            bottom_diff: Some(&mut dx[..]),
+            ..no_gradients(g, x, slope)
         };
-        layer.backward(g, x, slope, only_dx).unwrap();
+        layer.backward(pass).unwrap();
         assert_eq!(dx, want.dx);
 
         let (mut ds, mut db) = (vec![10.0; 3], vec![20.0; 3]);
-        let only = |slope, bias| Gradients {
-            bottom: None,
-            slope,
-            bias,
+        let pass = Backward {
+            slope_diff: Some(&mut ds[..]),
+            ..no_gradients(g, x, slope)
         };
-        layer
-            .backward(g, x, slope, only(Some(&mut ds[..]), None))
-            .unwrap();
-        layer
-            .backward(g, x, slope, only(None, Some(&mut db[..])))
-            .unwrap();
+        layer.backward(pass).unwrap();
+        let pass = Backward {
+            bias_diff: Some(&mut db[..]),
+            ..no_gradients(g, x, slope)
+        };
+        layer.backward(pass).unwrap();
         for c in 0..3 {
             // Added to what was there.
             assert!((ds[c] - 10.0 - want.slope[c]).abs() < 1e-13);
             assert!((db[c] - 20.0 - want.bias[c]).abs() < 1e-13);
-        }
-
-        let mut diff = g.clone();
-        let x_hat = if mode == Frozen { vec![] } else { x.clone() };
-        layer
-            .backward_in_place(&x_hat, slope, &mut diff, false, None, Some(&mut db[..]))
-            .unwrap();
-        assert_eq!(&diff, g);
-    }
-}
-
-#[test]
-fn the_number_of_threads_changes_nothing() {
-    // A chunk is some samples; a part of a sample; one chunk.
-    for dims in [[64, 48, 100], [1, 24, 12000], [1500, 300, 1], [5, 4, 3]] {
-        let p = Problem::random(11, dims);
-        let in_pool = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            let pool = pool.build().unwrap();
-            pool.install(|| (p.run::<f32>(Train), p.run_in_place::<f32>(Train)))
-        };
-        let one = in_pool(1);
-        for threads in [2, 3, 8] {
-            assert_eq!(in_pool(threads), one, "{dims:?}, {threads} threads");
         }
     }
 }
@@ -521,10 +535,7 @@ fn batches_may_change_in_size() {
     for dims in [[40, 3, 300], [1, 3, 1], [0, 3, 5], [7, 3, 20]] {
         let p = Problem::random(4, dims);
         layer.reshape(&dims.map(|d| d as i32)).unwrap();
-        let mut out = p.begin(&mut layer, &p.x);
-        layer
-            .normalize(&p.x, &p.slope, &p.bias, &mut out.y)
-            .unwrap();
+        let out = p.forward(&mut layer, &p.x);
         assert_eq!(out.y, p.run::<f64>(Train).y, "{dims:?}");
     }
 }
@@ -579,8 +590,61 @@ fn bad_shapes_are_refused() {
 }
 
 #[test]
+fn a_backward_pass_needs_a_forward_pass_of_its_shape() {
+    let p = Problem::random(8, [4, 3, 5]);
+    let refused = |layer: &mut BatchNorm, count: usize| {
+        let (g, mut dx) = (vec![0.5; count], vec![0.0; count]);
+        let pass = Backward {
+            bottom_diff: Some(&mut dx[..]),
+            ..no_gradients(&g, &p.x[..count], &p.slope)
+        };
+        let message = layer.backward(pass).err().map(|e| e.to_string());
+        message.is_some_and(|m| m.starts_with("backward without a forward"))
+    };
+    let mut layer = layer(Train, p.dims);
+    assert!(refused(&mut layer, 60));
+    p.forward(&mut layer, &p.x);
+    assert!(!refused(&mut layer, 60));
+    // Caffe reshapes before each forward pass, mostly to the same shape.
+    layer.reshape(&[4, 3, 5]).unwrap();
+    assert!(!refused(&mut layer, 60));
+    layer.reshape(&[2, 3, 5]).unwrap();
+    assert!(refused(&mut layer, 30));
+    layer.reshape(&[4, 3, 5]).unwrap();
+    assert!(refused(&mut layer, 60));
+}
+
+#[test]
+fn a_channel_without_variance_is_named() {
+    let mut p = Problem::random(8, [4, 3, 5]);
+    let mut layer = layer(Train, p.dims);
+    p.forward(&mut layer, &p.x);
+    assert_eq!(layer.constant_channel(), None);
+    for sample in p.x.chunks_mut(15) {
+        sample[10..].fill(0.1);
+    }
+    p.forward(&mut layer, &p.x);
+    assert_eq!(layer.constant_channel(), Some(2));
+    // One value a channel.
+    let p = Problem::random(9, [1, 5, 1]);
+    let mut layer = self::layer(Train, p.dims);
+    p.forward(&mut layer, &p.x);
+    assert_eq!(layer.constant_channel(), Some(0));
+}
+
+#[test]
 fn a_pass_before_the_first_reshape_is_an_error() {
     let mut layer = BatchNorm::new(&BnParameter::default(), false).unwrap();
-    assert!(layer.take_moving_statistics::<f32>(&[], &[]).is_err());
-    assert!(layer.normalize::<f32>(&[], &[], &[], &mut []).is_err());
+    let pass = Forward::<f32> {
+        bottom: Some(&[]),
+        slope: &[],
+        bias: &[],
+        moving: Moving::Read {
+            mean: &[],
+            inv_std: &[],
+        },
+        top: &mut [],
+        x_hat: None,
+    };
+    assert!(layer.forward(pass).is_err());
 }

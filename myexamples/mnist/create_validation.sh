@@ -7,7 +7,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 here=$ROOT/myexamples/mnist
-convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
+convert=$(example mnist/convert_mnist_data)
 fit_db=$here/mnist_fit_lmdb
 validation_db=$here/mnist_validation_lmdb
 new=$here/validation.new

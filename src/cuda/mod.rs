@@ -6,6 +6,9 @@
 //! are ours. The driver library is opened when the first layer asks for a
 //! device: a build with CUDA runs its CPU mode on a machine without a driver.
 
+pub mod layout;
+mod mailbox;
+
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,32 +16,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 
-use crate::bridge::ffi::Blas;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
+pub use mailbox::Mailbox;
 
-/// The kernels, compiled by build.rs for the architectures of Caffe's build.
-static LARGE_MARGIN: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/large_margin.fatbin"));
-static BATCH_NORM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/batch_norm.fatbin"));
-
-/// A GPU with the kernels loaded.
-#[derive(Debug)]
-pub struct Device {
-    large_margin: Arc<CudaModule>,
-    batch_norm: Arc<CudaModule>,
+/// The kernels of a layer, loaded on a GPU.
+#[derive(Debug, Clone)]
+pub struct Kernels {
+    module: Arc<CudaModule>,
+    context: Arc<CudaContext>,
 }
 
-/// The devices in use, by number. Modules are never unloaded: Caffe's contexts
-/// live as long as the process.
-static DEVICES: Mutex<BTreeMap<i32, Arc<Device>>> = Mutex::new(BTreeMap::new());
+/// What is loaded, by the device's number and the image's address. Modules are
+/// never unloaded: Caffe's contexts live as long as the process.
+static LOADED: Mutex<BTreeMap<(i32, usize), Kernels>> = Mutex::new(BTreeMap::new());
 
-impl Device {
-    /// The device that this thread's CUDA context is of, which is the one that
-    /// `Caffe::SetDevice` chose.
+impl Kernels {
+    /// Those of `image`, on the device that this thread's CUDA context is of,
+    /// which is the one that `Caffe::SetDevice` chose.
     ///
     /// # Errors
     /// No CUDA driver, no context yet, or kernels that the device cannot run.
-    pub fn current() -> Result<Arc<Device>> {
+    pub fn load(image: &'static [u8]) -> Result<Kernels> {
         // SAFETY: opens the driver library and nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::new(
@@ -53,38 +52,44 @@ impl Device {
             .result()
             .map_err(|e| failed("find the current device", e))?;
 
-        let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = devices.get(&number) {
-            return Ok(device.clone());
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (number, image.as_ptr() as usize);
+        if let Some(kernels) = loaded.get(&key) {
+            return Ok(kernels.clone());
         }
         let context = CudaContext::new(number as usize)
             .map_err(|e| failed("use the primary context of the device", e))?;
-        let load = |image: &[u8]| {
-            context
-                .load_module(Ptx::from_binary(image.to_vec()))
-                .map_err(|e| {
-                    failed(
-                        "load the kernels; was Caffe built for this GPU's architecture?",
-                        e,
-                    )
-                })
-        };
-        let device = Arc::new(Device {
-            large_margin: load(LARGE_MARGIN)?,
-            batch_norm: load(BATCH_NORM)?,
-        });
-        devices.insert(number, device.clone());
-        Ok(device)
+        let module = context
+            .load_module(Ptx::from_binary(image.to_vec()))
+            .map_err(|e| {
+                failed(
+                    "load the kernels; was Caffe built for this GPU's architecture?",
+                    e,
+                )
+            })?;
+        let kernels = Kernels { module, context };
+        loaded.insert(key, kernels.clone());
+        Ok(kernels)
     }
 
-    /// The kernel `name` of the margin layer for elements of type `T`.
-    pub fn large_margin_kernel<T: DeviceDtype>(&self, name: &str) -> Result<Kernel> {
-        Kernel::new::<T>(&self.large_margin, name)
+    /// The kernel `name` for elements of type `T`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn get<T: DeviceDtype>(&self, name: &str) -> Result<Kernel> {
+        let name = format!("{name}_{}", T::SUFFIX);
+        self.module
+            .load_function(&name)
+            .map(Kernel)
+            .map_err(|e| failed(&format!("find the kernel {name}"), e))
     }
 
-    /// The kernel `name` of the BN layer for elements of type `T`.
-    pub fn batch_norm_kernel<T: DeviceDtype>(&self, name: &str) -> Result<Kernel> {
-        Kernel::new::<T>(&self.batch_norm, name)
+    /// An empty mailbox for these kernels.
+    ///
+    /// # Errors
+    /// CUDA's.
+    pub fn mailbox(&self) -> Result<Mailbox> {
+        Mailbox::new(self.context.clone())
     }
 }
 
@@ -93,14 +98,6 @@ impl Device {
 pub struct Kernel(CudaFunction);
 
 impl Kernel {
-    fn new<T: DeviceDtype>(module: &Arc<CudaModule>, name: &str) -> Result<Self> {
-        let name = format!("{name}_{}", T::SUFFIX);
-        module
-            .load_function(&name)
-            .map(Kernel)
-            .map_err(|e| failed(&format!("find the kernel {name}"), e))
-    }
-
     /// Launches on the legacy default stream, without waiting for it.
     ///
     /// # Errors
@@ -139,47 +136,19 @@ macro_rules! kernel_args {
 }
 pub(crate) use kernel_args;
 
-/// A [`Dtype`] on the device: its kernels and its cuBLAS product.
+/// A [`Dtype`] that kernels are compiled for.
 pub trait DeviceDtype: Dtype {
     /// What the names of its kernels end with.
     const SUFFIX: &'static str;
-
-    /// [`Gemm::gemm`](crate::gemm::Gemm::gemm) on device memory.
-    ///
-    /// # Safety
-    /// The pointers are device memory of the sizes that `dims` give.
-    unsafe fn gemm(
-        blas: &Blas,
-        dims: [i32; 3],
-        a: (bool, *const Self),
-        b: (bool, *const Self),
-        beta: Self,
-        c: *mut Self,
-    );
 }
 
-macro_rules! impl_device_dtype {
-    ($t:ty, $suffix:literal, $gemm:ident) => {
-        impl DeviceDtype for $t {
-            const SUFFIX: &'static str = $suffix;
-
-            unsafe fn gemm(
-                blas: &Blas,
-                [m, n, k]: [i32; 3],
-                (transpose_a, a): (bool, *const Self),
-                (transpose_b, b): (bool, *const Self),
-                beta: Self,
-                c: *mut Self,
-            ) {
-                // SAFETY: the caller's.
-                unsafe { blas.$gemm(transpose_a, transpose_b, m, n, k, a, b, beta, c) }
-            }
-        }
-    };
+impl DeviceDtype for f32 {
+    const SUFFIX: &'static str = "f32";
 }
 
-impl_device_dtype!(f32, "f32", gemm_f32);
-impl_device_dtype!(f64, "f64", gemm_f64);
+impl DeviceDtype for f64 {
+    const SUFFIX: &'static str = "f64";
+}
 
 /// Copies `len` elements within device memory, in stream order.
 ///
@@ -201,54 +170,6 @@ pub unsafe fn zero<T: DeviceDtype>(to: *mut T, len: usize) -> Result<()> {
     // SAFETY: the caller's; the null stream is the legacy default stream.
     unsafe { result::memset_d8_async(to as u64, 0, bytes, std::ptr::null_mut()) }
         .map_err(|e| failed("zero device memory", e))
-}
-
-/// A word of host memory that kernels write and the host reads without
-/// waiting for them: where a kernel leaves the news of bad input.
-#[derive(Debug)]
-pub struct Mailbox(*mut u64);
-
-// SAFETY: the word belongs to the one Mailbox and is freed with it; CUDA's
-// calls on it may come from any thread.
-unsafe impl Send for Mailbox {}
-
-impl Mailbox {
-    /// What an empty mailbox holds.
-    const EMPTY: u64 = u64::MAX;
-
-    /// An empty mailbox that every device can write to.
-    pub fn new() -> Result<Self> {
-        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: a plain allocation; the word is written before it is read.
-        let word = unsafe { result::malloc_host(size_of::<u64>(), flags) }
-            .map_err(|e| failed("allocate host memory", e))?
-            .cast::<u64>();
-        // SAFETY: fresh memory of that size, aligned to a page.
-        unsafe { word.write_volatile(Self::EMPTY) };
-        Ok(Mailbox(word))
-    }
-
-    /// The address under which kernels know the word: with unified addressing,
-    /// which every supported GPU has, the host's own.
-    pub fn device_address(&self) -> u64 {
-        self.0 as u64
-    }
-
-    /// What a kernel that has run so far left here.
-    pub fn read(&self) -> Option<u64> {
-        // SAFETY: the word lives as long as self; a device may write it at any
-        // time, hence volatile; 8 aligned bytes are written at once.
-        let word = unsafe { self.0.read_volatile() };
-        (word != Self::EMPTY).then_some(word)
-    }
-}
-
-impl Drop for Mailbox {
-    fn drop(&mut self) {
-        // SAFETY: allocated in new, freed once. The free waits for kernels that
-        // may still write. An error leaves the word to the process's end.
-        let _ = unsafe { result::free_host(self.0.cast()) };
-    }
 }
 
 fn failed(what: &str, error: DriverError) -> Error {

@@ -1,16 +1,19 @@
 //! Forward and backward on host memory.
 //!
 //! Passes over memory beyond InnerProduct's own: forward reads X once and
-//! each class weight row that occurs once; backward reads and writes dX and
-//! the dW rows that occur once. Samples are visited class by class, in batch
-//! order within a class: the row w_y and its norm serve all samples of a
-//! class, and gradients of repeated labels add up in a fixed order.
+//! each class weight row that occurs once; backward adds a multiple of its own
+//! x to each row of dX, and a multiple of its own w to each row of dW that
+//! occurs. Samples are visited class by class, in batch order within a class:
+//! the row w_y and its norm serve all samples of a class, and gradients of
+//! repeated labels add up in a fixed order.
 
-use super::{Correction, LargeMarginInnerProduct, Sizes};
+use super::correction::Correction;
+use super::row::{Factor, add_scaled, norm};
+use super::{LargeMarginInnerProduct, Sizes};
+use crate::blas::{Gemm, Op};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
-use crate::gemm::{Gemm, Op};
-use crate::vector::{Scale, add_scaled, norm};
+use crate::error::Result;
+use crate::last::Last;
 
 /// What a backward pass needs of the last forward pass: O(M).
 #[derive(Debug, Default)]
@@ -27,21 +30,58 @@ struct Target {
     correction: Correction,
 }
 
-/// The gradients that a backward pass may be asked for.
+impl Target {
+    /// Where the row of a matrix with a row a class lies, `k` long.
+    fn class_row(&self, k: usize) -> std::ops::Range<usize> {
+        self.class as usize * k..(self.class as usize + 1) * k
+    }
+
+    /// Where the row of a matrix with a row a sample lies.
+    fn sample_row(&self, k: usize) -> std::ops::Range<usize> {
+        self.sample as usize * k..(self.sample as usize + 1) * k
+    }
+
+    /// Where the target entry of a matrix (M, N) lies.
+    fn entry(&self, classes: usize) -> usize {
+        self.sample as usize * classes + self.class as usize
+    }
+}
+
+/// The blobs of a forward pass.
 #[derive(Debug)]
-pub struct Gradients<'a, T> {
+pub struct Forward<'a, T> {
+    /// X, (M, K).
+    pub features: &'a [T],
+    /// (M). None: no sample has a margin.
+    pub labels: Option<&'a [T]>,
+    /// W, (N, K).
+    pub weights: &'a [T],
+    /// (M, N); overwritten.
+    pub logits: &'a mut [T],
+    /// (M, N); overwritten by the logits without the margin. None: not wanted.
+    pub plain: Option<&'a mut [T]>,
+}
+
+/// The blobs of a backward pass.
+#[derive(Debug)]
+pub struct Backward<'a, T> {
+    /// (M, N), the gradient of the loss by the logits. Changed on the way, and
+    /// after the pass what it was before, bit by bit.
+    pub logits_diff: &'a mut [T],
+    /// (M, N), that by the logits without the margin. None: there is none.
+    pub plain_diff: Option<&'a [T]>,
+    /// X, (M, K), of the forward pass.
+    pub features: &'a [T],
+    /// W, (N, K), of the forward pass.
+    pub weights: &'a [T],
     /// (M, K); overwritten. None: not wanted.
-    pub features: Option<&'a mut [T]>,
+    pub features_diff: Option<&'a mut [T]>,
     /// (N, K); added to. None: not wanted.
-    pub weights: Option<&'a mut [T]>,
+    pub weights_diff: Option<&'a mut [T]>,
 }
 
 impl LargeMarginInnerProduct {
-    /// One forward pass: `logits` (M, N) from `features` (M, K) and `weights`
-    /// (N, K), with the margin on the target logits where there are `labels`
-    /// (M). `plain`, where given, gets the logits without the margin.
-    ///
-    /// Counts the pass, so that lambda moves on.
+    /// One forward pass. Counts it, so that lambda moves on.
     ///
     /// # Errors
     /// A label that is neither an integer in [0, N) nor `ignore_label`; the
@@ -49,15 +89,14 @@ impl LargeMarginInnerProduct {
     ///
     /// # Panics
     /// A slice whose length is not what the last reshape says.
-    pub fn forward<T: Dtype>(
-        &mut self,
-        gemm: &impl Gemm<T>,
-        features: &[T],
-        labels: Option<&[T]>,
-        weights: &[T],
-        logits: &mut [T],
-        plain: Option<&mut [T]>,
-    ) -> Result<()> {
+    pub fn forward<T: Dtype>(&mut self, gemm: &impl Gemm<T>, pass: Forward<'_, T>) -> Result<()> {
+        let Forward {
+            features,
+            labels,
+            weights,
+            logits,
+            plain,
+        } = pass;
         let sizes = self.begin_forward()?;
         let Sizes {
             samples: m,
@@ -87,12 +126,10 @@ impl LargeMarginInnerProduct {
         }
 
         for group in self.batch.targets.chunk_by_mut(|a, b| a.class == b.class) {
-            let class = group[0].class as usize;
-            let w = norm(&weights[class * k..][..k]);
+            let w = norm(&weights[group[0].class_row(k)]);
             for target in group {
-                let sample = target.sample as usize;
-                let x = norm(&features[sample * k..][..k]);
-                let logit = &mut logits[sample * n + class];
+                let x = norm(&features[target.sample_row(k)]);
+                let logit = &mut logits[target.entry(n)];
                 let f = (*logit).into();
                 target.correction = Correction::new(&self.margin, self.lambda, x, w, f);
                 if target.correction.applies() {
@@ -100,83 +137,87 @@ impl LargeMarginInnerProduct {
                 }
             }
         }
+        self.batch.targets.retain(|t| t.correction.applies());
+        self.last = Last::Cpu;
         Ok(())
     }
 
-    /// The backward pass of the last forward pass, on the same `features` and
-    /// `weights`, with the gradient `logits` (M, N) of the loss.
+    /// The backward pass of the last forward pass. With g the target entry of
+    /// a sample's gradient:
     ///
     /// ```text
-    /// dx_i  = sum_j g_ij w_j  +  g_iy (a w_y + b |w_y|/|x_i| x_i)
-    /// dw_j += sum_i g_ij x_i  +  the same with x and w exchanged, for j = y
+    /// dx_i  = sum_j g'_ij w_j  +  g b |w_y|/|x_i| x_i
+    /// dw_j += sum_i g'_ij x_i  +  sum over its samples of g b |x_i|/|w_j| w_j
+    /// g'    = the gradient, with g (1 + a) for g
     /// ```
+    ///
+    /// # Errors
+    /// No forward pass on host memory came before.
     ///
     /// # Panics
     /// A slice whose length is not what the last reshape says.
-    pub fn backward<T: Dtype>(
-        &self,
-        gemm: &impl Gemm<T>,
-        logits: &[T],
-        features: &[T],
-        weights: &[T],
-        gradients: Gradients<'_, T>,
-    ) -> Result<()> {
+    pub fn backward<T: Dtype>(&self, gemm: &impl Gemm<T>, pass: Backward<'_, T>) -> Result<()> {
+        let Backward {
+            logits_diff,
+            plain_diff,
+            features,
+            weights,
+            features_diff,
+            weights_diff,
+        } = pass;
+        self.last.allows(Last::Cpu)?;
         let Sizes {
             samples: m,
             classes: n,
             features: k,
             ..
-        } = self
-            .sizes
-            .ok_or_else(|| Error::new("backward before the first forward"))?;
-        assert_eq!(logits.len(), m * n, "logits");
+        } = self.sizes()?;
+        assert_eq!(logits_diff.len(), m * n, "gradient of the logits");
         assert_eq!(features.len(), m * k, "features");
         assert_eq!(weights.len(), n * k, "class weights");
         if m * k == 0 {
             return Ok(());
         }
-        if let Some(dw) = gradients.weights {
-            let (g, x) = ((Op::Transposed, logits), (Op::Plain, features));
-            gemm.gemm([n, k, m], g, x, T::from_f64(1.0), dw);
-            for (t, g) in self.targets_with_gradient(logits) {
-                let row = t.class as usize * k..(t.class as usize + 1) * k;
-                let x = &features[t.sample as usize * k..][..k];
-                let own = Scale {
-                    value: g * t.correction.b,
-                    numerator: t.correction.x,
-                    denominator: t.correction.w,
+        let (zero, one) = (T::default(), T::from_f64(1.0));
+        let folded = Folded::new(logits_diff, &self.batch.targets, n);
+        let targets = folded.targets();
+        if let Some(dw) = weights_diff {
+            let x = (Op::Plain, features);
+            gemm.gemm([n, k, m], (Op::Transposed, folded.diff), x, one, dw);
+            if let Some(plain) = plain_diff {
+                gemm.gemm([n, k, m], (Op::Transposed, plain), x, one, dw);
+            }
+            for class in targets.chunk_by(|(a, _), (b, _)| a.class == b.class) {
+                let own = class
+                    .iter()
+                    .map(|(t, g)| g * t.correction.b * t.correction.x);
+                let (first, _) = class[0];
+                let factor = Factor {
+                    value: own.sum(),
+                    numerator: 1.0,
+                    denominator: first.correction.w,
                 };
-                let w = &weights[row.clone()];
-                add_scaled(&mut dw[row], g * t.correction.a, x, own, w);
+                let row = first.class_row(k);
+                add_scaled(&mut dw[row.clone()], factor, &weights[row]);
             }
         }
-        if let Some(dx) = gradients.features {
-            let (g, w) = ((Op::Plain, logits), (Op::Plain, weights));
-            gemm.gemm([m, k, n], g, w, T::default(), dx);
-            for (t, g) in self.targets_with_gradient(logits) {
-                let row = t.sample as usize * k..(t.sample as usize + 1) * k;
-                let w = &weights[t.class as usize * k..][..k];
-                let own = Scale {
-                    value: g * t.correction.b,
-                    numerator: t.correction.w,
-                    denominator: t.correction.x,
+        if let Some(dx) = features_diff {
+            let w = (Op::Plain, weights);
+            gemm.gemm([m, k, n], (Op::Plain, folded.diff), w, zero, dx);
+            if let Some(plain) = plain_diff {
+                gemm.gemm([m, k, n], (Op::Plain, plain), w, one, dx);
+            }
+            for (target, g) in targets {
+                let factor = Factor {
+                    value: g * target.correction.b,
+                    numerator: target.correction.w,
+                    denominator: target.correction.x,
                 };
-                let x = &features[row.clone()];
-                add_scaled(&mut dx[row], g * t.correction.a, w, own, x);
+                let row = target.sample_row(k);
+                add_scaled(&mut dx[row.clone()], factor, &features[row]);
             }
         }
         Ok(())
-    }
-
-    /// The targets with something to correct, each with its top gradient g.
-    fn targets_with_gradient<T: Dtype>(
-        &self,
-        logits: &[T],
-    ) -> impl Iterator<Item = (&Target, f64)> {
-        self.batch.targets.iter().filter_map(|t| {
-            let g: f64 = logits[t.sample as usize * self.classes + t.class as usize].into();
-            (t.correction.applies() && g != 0.0).then_some((t, g))
-        })
     }
 
     /// Checks every label, and lists the targets unless m = 1, which corrects
@@ -184,15 +225,11 @@ impl LargeMarginInnerProduct {
     fn find_targets<T: Dtype>(&mut self, labels: &[T]) -> Result<()> {
         for (sample, &label) in labels.iter().enumerate() {
             let value: f64 = label.into();
-            if self.ignore_label.is_some_and(|i| f64::from(i) == value) {
-                continue;
-            }
-            if !(value >= 0.0 && value < self.classes as f64 && value.fract() == 0.0) {
-                return Err(self.bad_label(sample, value));
-            }
-            if self.margin.m() > 1 {
+            if let Some(class) = self.class_of(sample, value)?
+                && self.margin.m() > 1
+            {
                 self.batch.targets.push(Target {
-                    class: value as u32,
+                    class,
                     sample: sample as u32,
                     correction: Correction::default(),
                 });
@@ -202,5 +239,47 @@ impl LargeMarginInnerProduct {
             .targets
             .sort_unstable_by_key(|t| (t.class, t.sample));
         Ok(())
+    }
+}
+
+/// A top gradient with a of each target folded in: the products on it bring the
+/// cross terms along. Dropped, it is again what it was, whatever came between.
+struct Folded<'a, T: Dtype> {
+    diff: &'a mut [T],
+    classes: usize,
+    targets: &'a [Target],
+    /// What the targets' entries were, in the same order.
+    entries: Vec<T>,
+}
+
+impl<'a, T: Dtype> Folded<'a, T> {
+    fn new(diff: &'a mut [T], targets: &'a [Target], classes: usize) -> Self {
+        let fold = |target: &Target| {
+            let entry = &mut diff[target.entry(classes)];
+            let old = *entry;
+            *entry = T::from_f64(old.into() * (1.0 + target.correction.a));
+            old
+        };
+        let entries = targets.iter().map(fold).collect();
+        Folded {
+            diff,
+            classes,
+            targets,
+            entries,
+        }
+    }
+
+    /// The targets, each with g.
+    fn targets(&self) -> Vec<(&'a Target, f64)> {
+        let g = self.entries.iter().map(|&g| g.into());
+        self.targets.iter().zip(g).collect()
+    }
+}
+
+impl<T: Dtype> Drop for Folded<'_, T> {
+    fn drop(&mut self) {
+        for (target, &old) in self.targets.iter().zip(&self.entries) {
+            self.diff[target.entry(self.classes)] = old;
+        }
     }
 }

@@ -1,173 +1,227 @@
 //! Forward and backward on device memory: the launches.
 //!
-//! Per direction the products of InnerProduct on Caffe's cuBLAS handle and one
-//! kernel of `src/cuda/large_margin.cu`. Nothing waits for the device and
-//! nothing is allocated; the per-sample coefficients lie in device memory that
+//! Forward: InnerProduct's product on Caffe's cuBLAS handle and one kernel of
+//! `kernels.cu`; backward: one kernel before its products, which folds and
+//! sorts, and one behind them. Nothing waits for the device and nothing is
+//! allocated; what one pass leaves to the other lies in device memory that
 //! Caffe keeps ([`LargeMarginInnerProduct::device_bytes`]).
 
 use super::{LargeMarginInnerProduct, Sizes};
-use crate::bridge::ffi::Blas;
-use crate::cuda::{self, Device, DeviceDtype, Kernel, Mailbox, kernel_args};
-use crate::error::{Error, Result};
+use crate::blas::{DeviceGemm, Op};
+use crate::cuda::layout::large_margin::{COEFFICIENTS, THREADS, TILE};
+use crate::cuda::{self, DeviceDtype, Kernel, Kernels, Mailbox, kernel_args};
+use crate::dtype::int;
+use crate::error::Result;
+use crate::last::Last;
 
-/// Threads of a block, `THREADS` of the kernels.
-const THREADS: u32 = 128;
-
-/// Bytes of the kernels' `Coefficients`, and of the class beside them.
-const COEFFICIENTS: usize = 4 * size_of::<f64>();
-const CLASS: usize = size_of::<i32>();
+/// The kernels, compiled by build.rs for the architectures of Caffe's build.
+static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/large_margin.fatbin"));
 
 /// The kernels of the layer's device, and where they report bad labels.
 #[derive(Debug)]
 pub(super) struct State {
     forward: Kernel,
+    fold: Kernel,
+    merge: Kernel,
     backward: Kernel,
     bad_label: Mailbox,
+    /// Whether the last forward pass had labels.
+    labels: bool,
 }
 
 impl State {
     fn new<T: DeviceDtype>() -> Result<Self> {
-        let device = Device::current()?;
+        let kernels = Kernels::load(IMAGE)?;
         Ok(State {
-            forward: device.large_margin_kernel::<T>("large_margin_forward")?,
-            backward: device.large_margin_kernel::<T>("large_margin_backward")?,
-            bad_label: Mailbox::new()?,
+            forward: kernels.get::<T>("large_margin_forward")?,
+            fold: kernels.get::<T>("large_margin_fold")?,
+            merge: kernels.get::<T>("large_margin_merge")?,
+            backward: kernels.get::<T>("large_margin_backward")?,
+            bad_label: kernels.mailbox()?,
+            labels: false,
         })
     }
 }
 
-/// The sizes as kernels and cuBLAS take them.
-fn ints(sizes: Sizes) -> [i32; 3] {
-    let int = |size| i32::try_from(size).expect("blobs hold at most i32::MAX elements");
-    [sizes.samples, sizes.classes, sizes.features].map(int)
+/// The blobs of a forward pass, in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Forward<T> {
+    /// X, (M, K).
+    pub features: *const T,
+    /// (M). Null: no sample has a margin.
+    pub labels: *const T,
+    /// W, (N, K).
+    pub weights: *const T,
+    /// (M, N); overwritten.
+    pub logits: *mut T,
+    /// (M, N); overwritten by the logits without the margin. Null: not wanted.
+    pub plain: *mut T,
+    /// [`LargeMarginInnerProduct::device_bytes`] bytes, 16 byte aligned.
+    pub scratch: *mut u8,
+}
+
+/// The blobs of a backward pass, in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Backward<T> {
+    /// (M, N), the gradient of the loss by the logits. Changed on the way, and
+    /// after the pass what it was before, bit by bit.
+    pub logits_diff: *mut T,
+    /// (M, N), that by the logits without the margin. Null: there is none.
+    pub plain_diff: *const T,
+    /// X, (M, K), of the forward pass.
+    pub features: *const T,
+    /// W, (N, K), of the forward pass.
+    pub weights: *const T,
+    /// (M, K); overwritten. Null: not wanted.
+    pub features_diff: *mut T,
+    /// (N, K); added to. Null: not wanted.
+    pub weights_diff: *mut T,
+    /// What the forward pass got.
+    pub scratch: *mut u8,
+}
+
+/// Where in the scratch memory what lies.
+pub(super) struct Scratch {
+    coefficients: *mut u8,
+    /// Classes and samples, sorted; and room to merge them in.
+    keys: [*mut u64; 2],
+    /// What the target entries of the top gradient were.
+    entries: *mut u8,
+    classes: *mut i32,
+}
+
+impl Scratch {
+    /// Bytes a sample: the widest entry is an f64.
+    pub(super) const BYTES: usize = COEFFICIENTS + 3 * size_of::<u64>() + size_of::<i32>();
+
+    fn new(start: *mut u8, samples: usize) -> Self {
+        // What is aligned to 8 bytes comes first.
+        let at = |bytes: usize| start.wrapping_add(samples * bytes);
+        Scratch {
+            coefficients: start,
+            keys: [at(COEFFICIENTS).cast(), at(COEFFICIENTS + 8).cast()],
+            entries: at(COEFFICIENTS + 16),
+            classes: at(COEFFICIENTS + 24).cast(),
+        }
+    }
 }
 
 impl LargeMarginInnerProduct {
-    /// Bytes of device memory that forward leaves to backward: O(M).
-    pub fn device_bytes(&self) -> usize {
-        self.sizes.map_or(0, |s| s.samples * (COEFFICIENTS + CLASS))
-    }
-
     /// [`forward`](Self::forward) on device memory; returns before the device
     /// is done.
     ///
     /// # Errors
     /// CUDA's errors, and bad labels that earlier passes met. Such a sample is
     /// treated as one without margin; the first call after the kernel has run
-    /// finds out.
+    /// finds out, or [`finish`](Self::finish).
     ///
     /// # Safety
-    /// All pointers are memory of the current device, as large as the last
-    /// reshape says, `scratch` of [`device_bytes`](Self::device_bytes);
-    /// `labels` and `plain` may be null. They stay valid until the device has
-    /// done the work that is queued here.
-    #[allow(clippy::too_many_arguments)] // one per blob, as in forward
+    /// All pointers but `labels` and `plain`, which may be null, are memory of
+    /// the current device, as large as the last reshape says and aligned as
+    /// their types ask. They stay valid until the device has done the work that
+    /// is queued here.
     pub unsafe fn forward_gpu<T: DeviceDtype>(
         &mut self,
-        blas: &Blas,
-        features: *const T,
-        labels: *const T,
-        weights: *const T,
-        logits: *mut T,
-        plain: *mut T,
-        scratch: *mut u8,
+        gemm: &impl DeviceGemm<T>,
+        pass: Forward<T>,
     ) -> Result<()> {
         let sizes = self.begin_forward()?;
         self.report_bad_label()?;
         if self.gpu.is_none() {
             self.gpu = Some(State::new::<T>()?);
         }
-        let [m, n, k] = ints(sizes);
-        if m == 0 {
-            return Ok(());
-        }
+        let state = self.gpu.as_mut().expect("made above");
+        state.labels = !pass.labels.is_null();
+        let [m, n, k] = ints(sizes)?;
+        let cells = sizes.samples * sizes.classes;
+        let scratch = Scratch::new(pass.scratch, sizes.samples);
         // SAFETY: the caller's, for every call in this block; the arguments of
         // the kernel are those of large_margin_forward_*, in order.
         unsafe {
-            if k == 0 {
-                cuda::zero(logits, sizes.samples * sizes.classes)?;
-            } else {
-                let (x, w) = ((false, features), (true, weights));
-                T::gemm(blas, [m, n, k], x, w, T::default(), logits);
+            if m != 0 && k != 0 {
+                let (x, w) = ((Op::Plain, pass.features), (Op::Transposed, pass.weights));
+                gemm.gemm([m, n, k], x, w, T::default(), pass.logits);
+            } else if m != 0 {
+                cuda::zero(pass.logits, cells)?;
             }
-            if !plain.is_null() {
-                cuda::copy(logits, plain, sizes.samples * sizes.classes)?;
+            if m != 0 && !pass.plain.is_null() {
+                cuda::copy(pass.logits, pass.plain, cells)?;
             }
-            if labels.is_null() {
-                return Ok(());
+            if m != 0 && state.labels {
+                state.forward.launch(
+                    (m as u32, 1),
+                    THREADS,
+                    kernel_args![
+                        n,
+                        k,
+                        self.margin.m() as i32,
+                        self.lambda,
+                        i32::from(self.ignore_label.is_some()),
+                        self.ignore_label.unwrap_or(0),
+                        pass.features,
+                        pass.labels,
+                        pass.weights,
+                        pass.logits,
+                        scratch.coefficients,
+                        scratch.classes,
+                        state.bad_label.device_address(),
+                    ],
+                )?;
             }
-            let (coefficients, classes) = Self::split(scratch, sizes);
-            let margin = self.margin.m() as i32;
-            let has_ignore_label = i32::from(self.ignore_label.is_some());
-            let ignore_label = self.ignore_label.unwrap_or(0);
-            let state = self.gpu.as_ref().expect("made above");
-            state.forward.launch(
-                (m as u32, 1),
-                THREADS,
-                kernel_args![
-                    n,
-                    k,
-                    margin,
-                    self.lambda,
-                    has_ignore_label,
-                    ignore_label,
-                    features,
-                    labels,
-                    weights,
-                    logits,
-                    coefficients,
-                    classes,
-                    state.bad_label.device_address(),
-                ],
-            )
         }
+        self.last = Last::Gpu;
+        Ok(())
     }
 
-    /// [`backward`](Self::backward) on device memory; `had_labels` says
-    /// whether the forward pass had any.
+    /// [`backward`](Self::backward) on device memory.
     ///
     /// # Errors
-    /// As [`forward_gpu`](Self::forward_gpu).
+    /// As [`forward_gpu`](Self::forward_gpu); and no forward pass on device
+    /// memory came before.
     ///
     /// # Safety
-    /// As [`forward_gpu`](Self::forward_gpu), with the same `scratch`; a
-    /// gradient that is not wanted is null.
-    #[allow(clippy::too_many_arguments)] // one per blob, as in backward
+    /// As [`forward_gpu`](Self::forward_gpu), with the same scratch memory; the
+    /// gradients may be null.
     pub unsafe fn backward_gpu<T: DeviceDtype>(
         &self,
-        blas: &Blas,
-        logits_diff: *const T,
-        had_labels: bool,
-        features: *const T,
-        weights: *const T,
-        features_diff: *mut T,
-        weights_diff: *mut T,
-        scratch: *mut u8,
+        gemm: &impl DeviceGemm<T>,
+        pass: Backward<T>,
     ) -> Result<()> {
-        let (Some(sizes), Some(state)) = (self.sizes, &self.gpu) else {
-            return Err(Error::new("backward before the first forward"));
-        };
+        self.last.allows(Last::Gpu)?;
         self.report_bad_label()?;
-        let [m, n, k] = ints(sizes);
-        if m == 0 || k == 0 {
+        let sizes = self.sizes()?;
+        let state = self.gpu.as_ref().expect("made by the forward pass");
+        let [m, n, k] = ints(sizes)?;
+        let (dx, dw) = (pass.features_diff, pass.weights_diff);
+        if m == 0 || k == 0 || dx.is_null() && dw.is_null() {
             return Ok(());
         }
-        // SAFETY: the caller's, for every call in this block; the arguments of
-        // the kernel are those of large_margin_backward_*, in order.
+        let scratch = Scratch::new(pass.scratch, sizes.samples);
+        let has_targets = state.labels && self.margin.m() > 1;
+        let (zero, one) = (T::default(), T::from_f64(1.0));
+        // SAFETY: the caller's, for every call in this block.
         unsafe {
-            if !weights_diff.is_null() {
-                let (g, x) = ((true, logits_diff), (false, features));
-                T::gemm(blas, [n, k, m], g, x, T::from_f64(1.0), weights_diff);
+            let mut keys = std::ptr::null_mut();
+            if has_targets {
+                keys = Self::fold(state, [m, n], pass.logits_diff, &scratch, !dw.is_null())?;
             }
-            if !features_diff.is_null() {
-                let (g, w) = ((false, logits_diff), (false, weights));
-                T::gemm(blas, [m, k, n], g, w, T::default(), features_diff);
+            let diffs = [pass.logits_diff.cast_const(), pass.plain_diff];
+            let diffs = || diffs.into_iter().filter(|diff| !diff.is_null());
+            if !dw.is_null() {
+                for diff in diffs() {
+                    let x = (Op::Plain, pass.features);
+                    gemm.gemm([n, k, m], (Op::Transposed, diff), x, one, dw);
+                }
             }
-            let none_wanted = features_diff.is_null() && weights_diff.is_null();
-            if !had_labels || self.margin.m() == 1 || none_wanted {
+            if !dx.is_null() {
+                for (diff, beta) in diffs().zip([zero, one]) {
+                    let w = (Op::Plain, pass.weights);
+                    gemm.gemm([m, k, n], (Op::Plain, diff), w, beta, dx);
+                }
+            }
+            if !has_targets {
                 return Ok(());
             }
-            let (coefficients, classes) = Self::split(scratch, sizes);
             state.backward.launch(
                 (m as u32, 1),
                 THREADS,
@@ -175,21 +229,76 @@ impl LargeMarginInnerProduct {
                     m,
                     n,
                     k,
-                    logits_diff,
-                    features,
-                    weights,
-                    coefficients,
-                    classes,
-                    features_diff,
-                    weights_diff,
+                    pass.features,
+                    pass.weights,
+                    scratch.coefficients,
+                    scratch.classes,
+                    scratch.entries,
+                    keys,
+                    pass.logits_diff,
+                    dx,
+                    dw,
                 ],
             )
         }
     }
 
-    /// Where in the scratch memory the coefficients and the classes lie.
-    fn split(scratch: *mut u8, sizes: Sizes) -> (*mut u8, *mut u8) {
-        (scratch, scratch.wrapping_add(sizes.samples * COEFFICIENTS))
+    /// Folds a into the target entries of `diff` and, where `sorted`, returns
+    /// where the sorted keys will be.
+    ///
+    /// # Safety
+    /// As [`forward_gpu`](Self::forward_gpu).
+    unsafe fn fold<T: DeviceDtype>(
+        state: &State,
+        [m, n]: [i32; 2],
+        diff: *mut T,
+        scratch: &Scratch,
+        sorted: bool,
+    ) -> Result<*mut u64> {
+        let samples = m as usize;
+        let [mut from, mut to] = scratch.keys;
+        let keys = if sorted { from } else { std::ptr::null_mut() };
+        // SAFETY: the caller's; the arguments of the kernels are those of
+        // large_margin_fold_* and large_margin_merge_*, in order.
+        unsafe {
+            state.fold.launch(
+                (samples.div_ceil(TILE) as u32, 1),
+                THREADS,
+                kernel_args![
+                    m,
+                    n,
+                    scratch.coefficients,
+                    scratch.classes,
+                    diff,
+                    scratch.entries,
+                    keys,
+                ],
+            )?;
+            let mut run = TILE;
+            while sorted && run < samples {
+                let blocks = samples.div_ceil(THREADS as usize);
+                let length = int(run)?;
+                let args = kernel_args![m, length, from, to];
+                state.merge.launch((blocks as u32, 1), THREADS, args)?;
+                (from, to) = (to, from);
+                run *= 2;
+            }
+        }
+        Ok(if sorted { from } else { keys })
+    }
+
+    /// Waits for the kernels that may report a bad label, for the layer's last
+    /// batch: no later call would.
+    ///
+    /// # Errors
+    /// A bad label. Where the device cannot be waited for, what is known by now
+    /// counts: at the process's end the driver may be gone.
+    pub fn finish(&self) -> Result<()> {
+        let Some(state) = &self.gpu else {
+            return Ok(());
+        };
+        let _ = state.bad_label.wait();
+        self.report_bad_label()
     }
 
     fn report_bad_label(&self) -> Result<()> {
@@ -201,4 +310,13 @@ impl LargeMarginInnerProduct {
             }
         }
     }
+}
+
+/// M, N and K as kernels and cuBLAS take them.
+fn ints(sizes: Sizes) -> Result<[i32; 3]> {
+    Ok([
+        int(sizes.samples)?,
+        int(sizes.classes)?,
+        int(sizes.features)?,
+    ])
 }

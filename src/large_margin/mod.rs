@@ -13,17 +13,23 @@
 //! ```
 //!
 //! That is the inner product plus a correction of one entry a sample, and the
-//! gradient is InnerProduct's plus one correction a sample. The layer never
-//! touches the other M x (N - 1) logits.
+//! gradient is InnerProduct's, on a top gradient that is changed in one entry a
+//! sample, plus a multiple of x_i or w_y. The layer never touches the other
+//! M x (N - 1) logits.
 
+mod correction;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod margin;
+pub mod row;
+pub mod schedule;
 
 use crate::error::{Error, Result};
-use crate::margin::Margin;
+use crate::last::Last;
 use crate::param::LargeMarginInnerProductParameter;
-use crate::schedule::Schedule;
+use margin::Margin;
+use schedule::Schedule;
 
 /// The sizes of the three matrices: features (M, K), class weights (N, K),
 /// logits (M, N).
@@ -52,6 +58,7 @@ pub struct LargeMarginInnerProduct {
     passes: i64,
     lambda: f64,
     sizes: Option<Sizes>,
+    last: Last,
     batch: cpu::Batch,
     #[cfg(feature = "cuda")]
     gpu: Option<gpu::State>,
@@ -95,6 +102,7 @@ impl LargeMarginInnerProduct {
             first_pass: passes,
             passes,
             sizes: None,
+            last: Last::None,
             batch: cpu::Batch::default(),
             #[cfg(feature = "cuda")]
             gpu: None,
@@ -102,13 +110,13 @@ impl LargeMarginInnerProduct {
     }
 
     /// Takes the shapes of the bottoms and returns the sizes they give.
-    /// `labels` is the number of labels, None where there is no label bottom.
+    /// `labels` is the labels' shape, None where there is no label bottom.
     ///
     /// # Errors
     /// `axis` outside the features' shape, an M or K beyond what an int holds,
     /// a K other than at the first call (the class weights have it), a number
     /// of labels other than M.
-    pub fn reshape(&mut self, features: &[i32], labels: Option<usize>) -> Result<Sizes> {
+    pub fn reshape(&mut self, features: &[i32], labels: Option<&[i32]>) -> Result<Sizes> {
         let axes = features.len();
         let axis = match self.axis {
             a if a >= 0 && (a as usize) < axes => a as usize,
@@ -145,15 +153,34 @@ impl LargeMarginInnerProduct {
                 sizes.features, before.features
             )));
         }
-        if let Some(labels) = labels.filter(|&l| l != sizes.samples) {
-            return Err(Error::new(format!(
-                "{labels} labels for {} samples: features of shape {features:?} hold one \
-                 sample for each position before axis {axis}",
-                sizes.samples
-            )));
+        if let Some(labels) = labels {
+            let number: i64 = labels.iter().map(|&d| i64::from(d)).product();
+            if usize::try_from(number) != Ok(sizes.samples) {
+                return Err(Error::new(format!(
+                    "{number} labels of shape {labels:?} for {} samples: features of shape \
+                     {features:?} hold one sample for each position before axis {axis}. \
+                     Several labels a sample are cut by a Slice layer, for a layer like this \
+                     one each; where every position has its label, axis begins the features \
+                     behind the positions",
+                    sizes.samples
+                )));
+            }
+        }
+        if self.sizes != Some(sizes) {
+            self.last = Last::None;
         }
         self.sizes = Some(sizes);
         Ok(sizes)
+    }
+
+    /// Bytes of device memory that a pass uses and that forward leaves to
+    /// backward: O(M). 0 in a build for the CPU alone.
+    pub fn device_bytes(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(sizes) = self.sizes {
+            return sizes.samples * gpu::Scratch::BYTES;
+        }
+        0
     }
 
     /// The forward passes behind this layer, those that its parameter named at
@@ -180,12 +207,32 @@ impl LargeMarginInnerProduct {
 
     /// Counts a forward pass; the count goes up before it is used.
     fn begin_forward(&mut self) -> Result<Sizes> {
-        let sizes = self
-            .sizes
-            .ok_or_else(|| Error::new("forward before the first reshape"))?;
+        let sizes = self.sizes()?;
+        self.last = Last::None;
         self.passes = self.passes.saturating_add(1);
         self.lambda = self.schedule.lambda(self.passes);
         Ok(sizes)
+    }
+
+    fn sizes(&self) -> Result<Sizes> {
+        self.sizes
+            .ok_or_else(|| Error::new("forward or backward before the first reshape"))
+    }
+
+    /// The class that `label` names; None where it is `ignore_label`. Kernels
+    /// decide it as this does.
+    ///
+    /// # Errors
+    /// It is neither that nor an integer in [0, N).
+    fn class_of(&self, sample: usize, label: f64) -> Result<Option<u32>> {
+        if self.ignore_label.is_some_and(|i| f64::from(i) == label) {
+            return Ok(None);
+        }
+        if label >= 0.0 && label < self.classes as f64 && label.fract() == 0.0 {
+            // N is at most i32::MAX.
+            return Ok(Some(label as u32));
+        }
+        Err(self.bad_label(sample, label))
     }
 
     fn bad_label(&self, sample: usize, value: f64) -> Error {
@@ -197,57 +244,5 @@ impl LargeMarginInnerProduct {
             "sample {sample}: label {value} is not an integer in [0, {}){ignored}",
             self.classes
         ))
-    }
-}
-
-/// What the margin adds for one sample, up to the factor of its top gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-struct Correction {
-    /// To the target logit: `(|x||w| psi - f) / (1 + lambda)`.
-    logit: f64,
-    /// a: of w in dx, of x in dw.
-    a: f64,
-    /// b: times `|w|/|x|` of x in dx, times `|x|/|w|` of w in dw.
-    b: f64,
-    /// `|x|`; 0 where there is nothing to correct.
-    x: f64,
-    /// `|w|`; 0 where there is nothing to correct.
-    w: f64,
-}
-
-impl Correction {
-    /// Of a sample with norm `x`, class weights of norm `w` and inner product
-    /// `f`; with `c = f / (x w)`
-    ///
-    /// ```text
-    /// a = (psi'(c) - 1) / (1 + lambda)
-    /// b = (psi(c) - c psi'(c)) / (1 + lambda)
-    /// ```
-    ///
-    /// Empty where x or w is zero (the angle is undefined; the plain logit, 0,
-    /// is the limit) or anything is not finite (InnerProduct's value stands).
-    #[inline]
-    fn new(margin: &Margin, lambda: f64, x: f64, w: f64, f: f64) -> Self {
-        let usable = |v: f64| v > 0.0 && v.is_finite();
-        if !(usable(x) && usable(w) && f.is_finite()) {
-            return Correction::default();
-        }
-        // Divided one by one: x w may overflow where f does not.
-        let c = (f / x / w).clamp(-1.0, 1.0);
-        let (psi, dpsi) = margin.at(c);
-        let share = 1.0 / (1.0 + lambda);
-        Correction {
-            logit: (x * w * psi - f) * share,
-            a: (dpsi - 1.0) * share,
-            b: (psi - c * dpsi) * share,
-            x,
-            w,
-        }
-    }
-
-    /// Whether it changes anything. A correction of zero is left out, not
-    /// added: 0 times an infinite feature would be NaN.
-    fn applies(&self) -> bool {
-        self.x != 0.0
     }
 }

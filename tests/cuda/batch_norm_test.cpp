@@ -75,26 +75,8 @@ class Layer {
 
   Outcome<Dtype> Cpu() {
     Outcome<Dtype> out = Prepare();
-    if (mode_.by_batch()) {
-      lsoftmax::take_batch_statistics(*rust_, View(p_.x),
-          MutableView(out.moving_mean), MutableView(out.moving_inv_std));
-    } else {
-      lsoftmax::take_moving_statistics(*rust_, View(out.moving_mean),
-          View(out.moving_inv_std));
-    }
-    if (mode_.in_place) {
-      lsoftmax::normalize_in_place(*rust_, View(p_.slope), View(p_.bias),
-          MutableView(out.y), MutableView(out.x_hat));
-      lsoftmax::backward_in_place(*rust_, View(out.x_hat), View(p_.slope),
-          MutableView(out.dx), mode_.dx, MutableView(out.dslope),
-          MutableView(out.dbias));
-    } else {
-      lsoftmax::normalize(*rust_, View(p_.x), View(p_.slope), View(p_.bias),
-          MutableView(out.y));
-      lsoftmax::backward(*rust_, View(p_.g), View(p_.x), View(p_.slope),
-          MutableView(out.dx), MutableView(out.dslope),
-          MutableView(out.dbias));
-    }
+    CpuForward(&out);
+    CpuBackward(&out);
     return out;
   }
 
@@ -108,7 +90,8 @@ class Layer {
 
   Outcome<Dtype> Prepare() {
     const int32_t shape[] = {p_.samples, p_.channels, p_.positions};
-    lsoftmax::reshape(*rust_, rust::Slice<const int32_t>(shape, 3));
+    const lsoftmax::BnSizes sizes =
+        lsoftmax::reshape(*rust_, rust::Slice<const int32_t>(shape, 3));
     const Dtype old = std::numeric_limits<Dtype>::quiet_NaN();
     Outcome<Dtype> out;
     if (mode_.in_place) {
@@ -128,27 +111,72 @@ class Layer {
     }
     out.moving_mean = p_.moving_mean;
     out.moving_inv_std = p_.moving_inv_std;
-    scratch_.assign(rust_->device_bytes(), 0xff);
+    scratch_.assign(sizes.device_bytes, 0xff);
     return out;
   }
+  void CpuForward(Outcome<Dtype>* out) {
+    lsoftmax::BnForward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    if (!mode_.in_place) { pass.bottom = View(p_.x); }
+    pass.slope = View(p_.slope);
+    pass.bias = View(p_.bias);
+    if (mode_.by_batch()) {
+      pass.update_mean = MutableView(out->moving_mean);
+      pass.update_inv_std = MutableView(out->moving_inv_std);
+    } else {
+      pass.moving_mean = View(out->moving_mean);
+      pass.moving_inv_std = View(out->moving_inv_std);
+    }
+    pass.top = MutableView(out->y);
+    pass.x_hat = MutableView(out->x_hat);
+    lsoftmax::forward(*rust_, pass);
+  }
+  void CpuBackward(Outcome<Dtype>* out) {
+    lsoftmax::BnBackward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    if (!mode_.in_place) {
+      pass.top_diff = View(p_.g);
+    } else if (!mode_.dx) {
+      pass.top_diff = View(out->dx);
+    }
+    pass.x = mode_.in_place ? View(out->x_hat) : View(p_.x);
+    pass.slope = View(p_.slope);
+    if (mode_.dx) { pass.bottom_diff = MutableView(out->dx); }
+    pass.slope_diff = MutableView(out->dslope);
+    pass.bias_diff = MutableView(out->dbias);
+    lsoftmax::backward(*rust_, pass);
+  }
   void GpuForward(Outcome<Dtype>* out) {
-    lsoftmax::forward_gpu(*rust_,
-        mode_.in_place ? out->y.data() : p_.x.data(), p_.slope.data(),
-        p_.bias.data(), out->moving_mean.data(), out->moving_inv_std.data(),
-        out->y.data(), out->x_hat.empty() ? nullptr : out->x_hat.data(),
-        scratch_.data());
+    lsoftmax::DeviceBnForward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.bottom = Pointer(mode_.in_place ? out->y : p_.x);
+    pass.slope = Pointer(p_.slope);
+    pass.bias = Pointer(p_.bias);
+    if (mode_.by_batch()) {
+      pass.update_mean = MutablePointer(out->moving_mean);
+      pass.update_inv_std = MutablePointer(out->moving_inv_std);
+    } else {
+      // Constant: the bridge has no way to write them.
+      pass.moving_mean = Pointer(out->moving_mean);
+      pass.moving_inv_std = Pointer(out->moving_inv_std);
+    }
+    pass.top = MutablePointer(out->y);
+    pass.x_hat = MutablePointer(out->x_hat);
+    pass.scratch = scratch_.data();
+    lsoftmax::forward_gpu(*rust_, pass);
   }
   void GpuBackward(Outcome<Dtype>* out) {
-    const auto wanted = [](std::vector<Dtype>& v) {
-      return v.empty() ? nullptr : v.data();
-    };
-    const bool has_x_hat = mode_.keeps_x_hat();
-    lsoftmax::backward_gpu(*rust_,
-        mode_.in_place ? out->dx.data() : p_.g.data(),
-        has_x_hat ? out->x_hat.data()
-            : mode_.in_place ? out->y.data() : p_.x.data(), has_x_hat,
-        p_.slope.data(), mode_.dx ? out->dx.data() : nullptr,
-        wanted(out->dslope), wanted(out->dbias), scratch_.data());
+    lsoftmax::DeviceBnBackward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.top_diff = Pointer(mode_.in_place ? out->dx : p_.g);
+    pass.x = Pointer(mode_.keeps_x_hat() ? out->x_hat
+        : mode_.in_place ? out->y : p_.x);
+    pass.slope = Pointer(p_.slope);
+    if (mode_.dx) { pass.bottom_diff = MutablePointer(out->dx); }
+    pass.slope_diff = MutablePointer(out->dslope);
+    pass.bias_diff = MutablePointer(out->dbias);
+    pass.scratch = scratch_.data();
+    lsoftmax::backward_gpu(*rust_, pass);
   }
 
   const Problem<Dtype>& p_;
@@ -350,7 +378,26 @@ void DriverCalls() {
   Layer<float> layer(p, {});
   Outcome<float> out = layer.Prepare();
   CheckSays(ErrorOf([&] { layer.GpuBackward(&out); }),
-      {"backward before the first forward"});
+      {"backward without a forward"});
+  layer.CpuForward(&out);
+  CheckSays(ErrorOf([&] { layer.GpuBackward(&out); }),
+      {"backward in GPU mode after a forward pass in CPU mode"});
+  layer.GpuForward(&out);
+  Synchronize();
+  CheckSays(ErrorOf([&] { layer.CpuBackward(&out); }),
+      {"backward in CPU mode after a forward pass in GPU mode"});
+  layer.GpuBackward(&out);
+  Synchronize();
+  Check(lsoftmax::constant_channel(*layer.rust_) == -1,
+      "a constant channel where there is none");
+  Problem<float> constant = p;
+  for (size_t i = 0; i < constant.x.size(); ++i) {
+    if (constant.ChannelOf(i) == 1) { constant.x[i] = 0.25f; }
+  }
+  Layer<float> warned(constant, {});
+  warned.Gpu();
+  Check(lsoftmax::constant_channel(*warned.rust_) == 1,
+      "a constant channel is not found");
 }
 
 // On a machine without a driver: CPU mode works, GPU mode says what is wrong.

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "lsoftmax/blas.hpp"
-#include "lsoftmax/src/bridge.rs.h"
+#include "lsoftmax/src/bridge/ffi.rs.h"
 #include "rust/cxx.h"
 #include "standin.hpp"
 
@@ -88,54 +88,44 @@ inline std::string CallsOf(const std::function<void()>& f) {
 
 // The definition of the product.
 template <typename Dtype>
-void Product(bool transpose_a, bool transpose_b, int m, int n, int k,
-    const Dtype* a, const Dtype* b, Dtype beta, Dtype* c) {
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
+void Multiply(const lsoftmax::MatrixProduct& p) {
+  const Dtype* const a = reinterpret_cast<const Dtype*>(p.a);
+  const Dtype* const b = reinterpret_cast<const Dtype*>(p.b);
+  Dtype* const c = reinterpret_cast<Dtype*>(p.c);
+  for (int i = 0; i < p.m; ++i) {
+    for (int j = 0; j < p.n; ++j) {
       double sum = 0;
-      for (int l = 0; l < k; ++l) {
-        sum += static_cast<double>(transpose_a ? a[l * m + i] : a[i * k + l])
-            * (transpose_b ? b[j * k + l] : b[l * n + j]);
+      for (int l = 0; l < p.k; ++l) {
+        sum += static_cast<double>(p.transpose_a ? a[l * p.m + i]
+                : a[i * p.k + l])
+            * (p.transpose_b ? b[j * p.k + l] : b[l * p.n + j]);
       }
-      Dtype& out = c[i * n + j];
-      out = static_cast<Dtype>(beta == 0 ? sum : beta * out + sum);
+      Dtype& out = c[i * p.n + j];
+      out = static_cast<Dtype>(p.beta == 0 ? sum : p.beta * out + sum);
     }
   }
 }
 
 class CpuBlas : public lsoftmax::Blas {
  public:
-  void gemm_f32(bool transpose_a, bool transpose_b, int m, int n, int k,
-      const float* a, const float* b, float beta, float* c) const override {
-    Product(transpose_a, transpose_b, m, n, k, a, b, beta, c);
-  }
-  void gemm_f64(bool transpose_a, bool transpose_b, int m, int n, int k,
-      const double* a, const double* b, double beta, double* c)
-      const override {
-    Product(transpose_a, transpose_b, m, n, k, a, b, beta, c);
+  void gemm(const lsoftmax::MatrixProduct& product) const override {
+    if (product.dtype == lsoftmax::ElementType::F32) {
+      Multiply<float>(product);
+    } else {
+      Multiply<double>(product);
+    }
   }
 };
 
 // Queued in stream order, as cuBLAS does.
 class DeviceBlas : public lsoftmax::Blas {
  public:
-  void gemm_f32(bool transpose_a, bool transpose_b, int m, int n, int k,
-      const float* a, const float* b, float beta, float* c) const override {
-    Enqueue([=] { Product(transpose_a, transpose_b, m, n, k, a, b, beta, c); });
-  }
-  void gemm_f64(bool transpose_a, bool transpose_b, int m, int n, int k,
-      const double* a, const double* b, double beta, double* c)
-      const override {
-    Enqueue([=] { Product(transpose_a, transpose_b, m, n, k, a, b, beta, c); });
-  }
-
- private:
-  static void Enqueue(std::function<void()> work) {
+  void gemm(const lsoftmax::MatrixProduct& product) const override {
     STANDIN(standin_enqueue)([](void* data) {
-      auto* const queued = static_cast<std::function<void()>*>(data);
-      (*queued)();
+      auto* const queued = static_cast<lsoftmax::MatrixProduct*>(data);
+      CpuBlas().gemm(*queued);
       delete queued;
-    }, new std::function<void()>(std::move(work)));
+    }, new lsoftmax::MatrixProduct(product));
   }
 };
 
@@ -196,12 +186,27 @@ class Param {
 };
 
 template <typename T>
-rust::Slice<const T> View(const std::vector<T>& v) {
-  return {v.data(), v.size()};
+constexpr lsoftmax::ElementType TypeOf() {
+  return sizeof(T) == 4 ? lsoftmax::ElementType::F32
+      : lsoftmax::ElementType::F64;
+}
+
+// Blobs as the bridge takes them: empty or null where they are not there.
+template <typename T>
+rust::Slice<const uint8_t> View(const std::vector<T>& v) {
+  return {reinterpret_cast<const uint8_t*>(v.data()), v.size() * sizeof(T)};
 }
 template <typename T>
-rust::Slice<T> MutableView(std::vector<T>& v) {
-  return {v.data(), v.size()};
+rust::Slice<uint8_t> MutableView(std::vector<T>& v) {
+  return {reinterpret_cast<uint8_t*>(v.data()), v.size() * sizeof(T)};
+}
+template <typename T>
+const uint8_t* Pointer(const std::vector<T>& v) {
+  return v.empty() ? nullptr : reinterpret_cast<const uint8_t*>(v.data());
+}
+template <typename T>
+uint8_t* MutablePointer(std::vector<T>& v) {
+  return v.empty() ? nullptr : reinterpret_cast<uint8_t*>(v.data());
 }
 
 // `--without-driver`: the test is for a machine that has none.

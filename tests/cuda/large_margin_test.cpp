@@ -22,7 +22,7 @@ struct Problem {
   std::string name;
   int samples, features, classes, margin;
   double lambda;
-  std::vector<Dtype> x, w, labels, g;
+  std::vector<Dtype> x, w, labels, g, plain_g;
 
   Problem(int m, int k, int n, int margin, double lambda)
       : samples(m), features(k), classes(n), margin(margin), lambda(lambda) {
@@ -30,6 +30,7 @@ struct Problem {
     x = noise.Vector<Dtype>(size_t(m) * k);
     w = noise.Vector<Dtype>(size_t(n) * k);
     g = noise.Vector<Dtype>(size_t(m) * n);
+    plain_g = noise.Vector<Dtype>(g.size());
     labels.resize(m);
     for (Dtype& label : labels) { label = floor((noise() + 1) / 2 * n); }
     name = std::string(sizeof(Dtype) == 4 ? "f32" : "f64") + " M "
@@ -48,7 +49,8 @@ struct Problem {
 
 template <typename Dtype>
 struct Outcome {
-  std::vector<Dtype> logits, plain, dx, dw;
+  // diff: the gradient of the logits, which backward changes and restores.
+  std::vector<Dtype> logits, plain, dx, dw, diff;
   bool operator==(const Outcome& other) const {
     const auto same = [](const std::vector<Dtype>& a,
         const std::vector<Dtype>& b) {
@@ -56,13 +58,14 @@ struct Outcome {
           || memcmp(a.data(), b.data(), a.size() * sizeof(Dtype)) == 0);
     };
     return same(logits, other.logits) && same(plain, other.plain)
-        && same(dx, other.dx) && same(dw, other.dw);
+        && same(dx, other.dx) && same(dw, other.dw)
+        && same(diff, other.diff);
   }
 };
 
 // What a test leaves out.
 struct Wanted {
-  bool labels = true, plain = true, dx = true, dw = true;
+  bool labels = true, plain = true, dx = true, dw = true, plain_diff = false;
 };
 
 using RustLayer = rust::Box<lsoftmax::LargeMarginInnerProduct>;
@@ -76,11 +79,8 @@ class Layer {
   // Both passes; dW has something in it before.
   Outcome<Dtype> Cpu(Wanted wanted = {}) {
     Outcome<Dtype> out = Prepare(wanted);
-    lsoftmax::forward(*rust_, CpuBlas(), View(p_.x),
-        wanted.labels ? View(p_.labels) : rust::Slice<const Dtype>(),
-        View(p_.w), MutableView(out.logits), MutableView(out.plain));
-    lsoftmax::backward(*rust_, CpuBlas(), View(p_.g), View(p_.x), View(p_.w),
-        MutableView(out.dx), MutableView(out.dw));
+    CpuForward(wanted, &out);
+    CpuBackward(wanted, &out);
     return out;
   }
 
@@ -95,8 +95,9 @@ class Layer {
 
   Outcome<Dtype> Prepare(Wanted wanted) {
     const int32_t shape[] = {p_.samples, p_.features};
-    lsoftmax::reshape(*rust_, rust::Slice<const int32_t>(shape, 2),
-        wanted.labels ? p_.samples : -1);
+    const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust_,
+        rust::Slice<const int32_t>(shape, 2), wanted.labels,
+        rust::Slice<const int32_t>(shape, 1));
     // What forward must overwrite holds NaN; what backward adds to, values.
     Outcome<Dtype> out;
     const Dtype old = std::numeric_limits<Dtype>::quiet_NaN();
@@ -104,19 +105,53 @@ class Layer {
     if (wanted.plain) { out.plain.assign(p_.g.size(), old); }
     if (wanted.dx) { out.dx.assign(p_.x.size(), old); }
     if (wanted.dw) { out.dw = Noise(5).Vector<Dtype>(p_.w.size()); }
-    scratch_.assign(rust_->device_bytes(), 0xff);
+    out.diff = p_.g;
+    scratch_.assign(sizes.device_bytes, 0xff);
     return out;
   }
+  void CpuForward(Wanted wanted, Outcome<Dtype>* out) {
+    lsoftmax::MarginForward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.features = View(p_.x);
+    if (wanted.labels) { pass.labels = View(p_.labels); }
+    pass.weights = View(p_.w);
+    pass.logits = MutableView(out->logits);
+    pass.plain = MutableView(out->plain);
+    lsoftmax::forward(*rust_, CpuBlas(), pass);
+  }
+  void CpuBackward(Wanted wanted, Outcome<Dtype>* out) {
+    lsoftmax::MarginBackward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.logits_diff = MutableView(out->diff);
+    if (wanted.plain_diff) { pass.plain_diff = View(p_.plain_g); }
+    pass.features = View(p_.x);
+    pass.weights = View(p_.w);
+    pass.features_diff = MutableView(out->dx);
+    pass.weights_diff = MutableView(out->dw);
+    lsoftmax::backward(*rust_, CpuBlas(), pass);
+  }
   void GpuForward(Wanted wanted, Outcome<Dtype>* out) {
-    lsoftmax::forward_gpu(*rust_, blas_, p_.x.data(),
-        wanted.labels ? p_.labels.data() : nullptr, p_.w.data(),
-        out->logits.data(), wanted.plain ? out->plain.data() : nullptr,
-        scratch_.data());
+    lsoftmax::DeviceMarginForward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.features = Pointer(p_.x);
+    if (wanted.labels) { pass.labels = Pointer(p_.labels); }
+    pass.weights = Pointer(p_.w);
+    pass.logits = MutablePointer(out->logits);
+    pass.plain = MutablePointer(out->plain);
+    pass.scratch = scratch_.data();
+    lsoftmax::forward_gpu(*rust_, blas_, pass);
   }
   void GpuBackward(Wanted wanted, Outcome<Dtype>* out) {
-    lsoftmax::backward_gpu(*rust_, blas_, p_.g.data(), wanted.labels,
-        p_.x.data(), p_.w.data(), wanted.dx ? out->dx.data() : nullptr,
-        wanted.dw ? out->dw.data() : nullptr, scratch_.data());
+    lsoftmax::DeviceMarginBackward pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.logits_diff = MutablePointer(out->diff);
+    if (wanted.plain_diff) { pass.plain_diff = Pointer(p_.plain_g); }
+    pass.features = Pointer(p_.x);
+    pass.weights = Pointer(p_.w);
+    pass.features_diff = MutablePointer(out->dx);
+    pass.weights_diff = MutablePointer(out->dw);
+    pass.scratch = scratch_.data();
+    lsoftmax::backward_gpu(*rust_, blas_, pass);
   }
 
   const Problem<Dtype>& p_;
@@ -155,7 +190,8 @@ void Compare(const Problem<Dtype>& p, const Outcome<Dtype>& cpu,
   std::vector<double> dx(m), dw(n, 1.0);
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; ++j) {
-      const double g = fabs(p.g[size_t(i) * n + j]);
+      const double g = fabs(p.g[size_t(i) * n + j])
+          + fabs(p.plain_g[size_t(i) * n + j]);
       if (!std::isfinite(g)) { continue; }
       const double by = p.labels[i] == j ? 1 + 2 * steep : 1;
       dx[i] += g * w[j] * by;
@@ -181,6 +217,12 @@ void Compare(const Problem<Dtype>& p, const Outcome<Dtype>& cpu,
       [&](int, int) { return 0.0; });
   rows(cpu.dx, gpu.dx, k, "dx", [&](int i, int) { return dx[i]; });
   rows(cpu.dw, gpu.dw, k, "dw", [&](int j, int) { return dw[j]; });
+  for (const Outcome<Dtype>* outcome : {&cpu, &gpu}) {
+    Check(outcome->diff.size() == p.g.size() && (p.g.empty()
+        || memcmp(outcome->diff.data(), p.g.data(),
+            p.g.size() * sizeof(Dtype)) == 0),
+        p.name + " " + what + ": the gradient of the logits is not restored");
+  }
 }
 
 template <typename Dtype>
@@ -212,6 +254,18 @@ void Shapes() {
     }
     Run(p, "labels in turn, some ignored");
   }
+}
+
+// More samples than a block sorts: runs of classes over several tiles.
+template <typename Dtype>
+void ManySamples() {
+  Run(Problem<Dtype>(1024, 1, 7, 3, 1), "a full tile");
+  Run(Problem<Dtype>(1025, 1, 1000, 3, 1), "many classes");
+  Problem<Dtype> p(2100, 2, 7, 3, 1);
+  for (int i = 0; i < p.samples; ++i) {
+    p.labels[i] = Dtype(i % 5 == 0 ? kIgnoreLabel : i % 3 ? 3 : i * 31 % 7);
+  }
+  Run(p, "many samples, some ignored");
 }
 
 // Every segment of psi, its borders, and both ends.
@@ -284,12 +338,13 @@ void Extremes() {
 template <typename Dtype>
 void LeftOut() {
   const Problem<Dtype> p(11, 19, 6, 4, 2);
-  for (int mask = 0; mask < 16; ++mask) {
+  for (int mask = 0; mask < 32; ++mask) {
     Wanted wanted;
     wanted.labels = mask & 1;
     wanted.plain = mask & 2;
     wanted.dx = mask & 4;
     wanted.dw = mask & 8;
+    wanted.plain_diff = mask & 16;
     Run(p, "with parts left out, " + std::to_string(mask), wanted);
   }
   Run(Problem<Dtype>(0, 5, 3, 4, 1), "no sample");
@@ -311,6 +366,7 @@ void Passes() {
     p.x.resize(size_t(samples) * 9, Dtype(0.5));
     p.labels.resize(samples, Dtype(1));
     p.g.resize(size_t(samples) * 4, Dtype(0.25));
+    p.plain_g.resize(p.g.size());
     Compare(p, cpu.Cpu(), gpu.Gpu(), "pass of " + std::to_string(samples));
     Check(gpu.rust_->lambda() < lambda, "lambda does not fall");
     Check(gpu.rust_->lambda() == cpu.rust_->lambda(), "another lambda");
@@ -318,8 +374,8 @@ void Passes() {
   }
 }
 
-// Per pass one kernel; no allocation, no synchronisation, no copy that nobody
-// asked for.
+// One kernel forward and two backward; no allocation, no synchronisation, no
+// copy that nobody asked for.
 void DriverCalls() {
   const Problem<float> p(20, 8, 5, 2, 1);
   {
@@ -334,7 +390,8 @@ void DriverCalls() {
       Check(forward == "cuLaunchKernel ", "forward calls " + forward);
       const std::string backward =
           CallsOf([&] { layer.GpuBackward(wanted, &out); });
-      Check(backward == "cuLaunchKernel ", "backward calls " + backward);
+      Check(backward == "cuLaunchKernel cuLaunchKernel ",
+          "backward calls " + backward);
       Synchronize();
     }
     Outcome<float> out = layer.Prepare({});
@@ -379,12 +436,70 @@ void BadLabels() {
         "[0, 5)", "-7"});
     Check(backward == ErrorOf([&] { layer.GpuForward({}, &out); }),
         "forward and backward report a bad label differently");
+
+    // In the last batch: no later pass would report it.
+    Layer<Dtype> last(p);
+    out = last.Prepare({});
+    last.GpuForward({}, &out);
+    Check(ErrorOf([&] { lsoftmax::finish(*last.rust_); }) == backward,
+        "the last batch's bad label is not reported at the end");
+  }
+  {
+    const Problem<Dtype> good(140, 6, 5, 4, 1);
+    Layer<Dtype> layer(good);
+    Check(ErrorOf([&] { lsoftmax::finish(*layer.rust_); }).empty(),
+        "an error at the end of a layer that never ran");
+    layer.Gpu();
+    Check(ErrorOf([&] { lsoftmax::finish(*layer.rust_); }).empty(),
+        "an error at the end of a layer without bad labels");
   }
   Problem<Dtype> p(140, 6, 5, 1, 1);
   for (Dtype& label : p.labels) { label = Dtype(5); }
   Layer<Dtype> layer(p);
   layer.Gpu();
   CheckSays(ErrorOf([&] { layer.Gpu(); }), {"sample ", "label 5 "});
+}
+
+// What one mode left behind is nothing to the other.
+void Modes() {
+  const Problem<float> p(20, 8, 5, 2, 1);
+  Layer<float> layer(p);
+  Outcome<float> out = layer.Prepare({});
+  CheckSays(ErrorOf([&] { layer.GpuBackward({}, &out); }),
+      {"backward without a forward"});
+  layer.CpuForward({}, &out);
+  CheckSays(ErrorOf([&] { layer.GpuBackward({}, &out); }),
+      {"backward in GPU mode after a forward pass in CPU mode"});
+  layer.GpuForward({}, &out);
+  Synchronize();
+  CheckSays(ErrorOf([&] { layer.CpuBackward({}, &out); }),
+      {"backward in CPU mode after a forward pass in GPU mode"});
+  layer.GpuBackward({}, &out);
+  Synchronize();
+}
+
+// A layer that ends while its kernels are queued: they have run when its
+// mailbox goes.
+void Ending() {
+  const Problem<float> p(20, 8, 5, 2, 1);
+  Outcome<float> out;
+  {
+    Layer<float> layer(p);
+    out = layer.Prepare({});
+    layer.GpuForward({}, &out);
+    const std::string calls = CallsOf([&] {
+      // Another thread, of another device, ends it.
+      std::thread([&] {
+        UseDevice(1);
+        const RustLayer ended = std::move(layer.rust_);
+      }).join();
+    });
+    Check(calls.find("cuStreamSynchronize cuCtxSetCurrent cuMemFreeHost ")
+        != std::string::npos, "the end calls " + calls);
+    layer.rust_ = lsoftmax::new_large_margin(p.LayerParam().Bytes());
+  }
+  Check(out.logits[0] == out.logits[0], "the kernels have not run");
+  Check(STANDIN(standin_host_bytes)() == 0, "host memory leaks at the end");
 }
 
 // Every driver call of a first pass, failing once on a device of its own.
@@ -397,7 +512,10 @@ void DriverErrors() {
     end = calls.find(' ', begin);
     const std::string function = calls.substr(begin, end - begin);
     // What a freed layer cannot report, and what only fails with its caller.
-    if (function == "cuMemFreeHost") { continue; }
+    if (function == "cuMemFreeHost" || function == "cuStreamSynchronize"
+        || function == "cuCtxGetCurrent") {
+      continue;
+    }
     const bool seen =
         (" " + calls.substr(0, begin)).find(" " + function + " ")
             != std::string::npos;
@@ -460,6 +578,7 @@ void NoDriver() {
 template <typename Dtype>
 void RunAll() {
   Shapes<Dtype>();
+  ManySamples<Dtype>();
   Angles<Dtype>();
   Extremes<Dtype>();
   LeftOut<Dtype>();
@@ -476,5 +595,7 @@ int main(int argc, char** argv) {
     DriverCalls();
     DriverErrors();
     Devices();
+    Modes();
+    Ending();
   });
 }

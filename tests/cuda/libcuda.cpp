@@ -3,8 +3,7 @@
 // behaves as the driver does where a caller could be wrong: contexts are per
 // thread, launches are asynchronous, what is not asked for in order fails.
 
-#include <cuda.h>
-
+#include <cstdint>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -14,7 +13,23 @@
 #include "emulate.hpp"
 #include "standin.hpp"
 
+// What of CUDA's driver API is here, by the names that the library exports.
+using CUresult = int;
+using CUdevice = int;
+using CUdeviceptr = unsigned long long;
+using CUdevice_attribute = int;
+using CUcontext = struct Context*;
+using CUmodule = struct Module*;
+using CUfunction = struct KernelHandle*;
+using CUstream = struct Stream*;
+
 namespace {
+
+constexpr CUresult CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1,
+    CUDA_ERROR_NOT_INITIALIZED = 3, CUDA_ERROR_INVALID_DEVICE = 101,
+    CUDA_ERROR_INVALID_IMAGE = 200, CUDA_ERROR_INVALID_CONTEXT = 201,
+    CUDA_ERROR_INVALID_HANDLE = 400, CUDA_ERROR_NOT_FOUND = 500;
+constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
 
 constexpr int kDevices = 32;
 
@@ -118,7 +133,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   CALL();
   REFUSE_IF(Standin().retained[device]-- <= 0, CUDA_ERROR_INVALID_CONTEXT);
   return CUDA_SUCCESS;
@@ -185,7 +200,7 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y,
   return CUDA_SUCCESS;
 }
 
-CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes,
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes,
     CUstream stream) {
   CALL();
   REFUSE_IF(!current, CUDA_ERROR_INVALID_CONTEXT);
@@ -204,6 +219,16 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes,
   Queue().push_back([=] {
     memset(reinterpret_cast<void*>(to), value, bytes);
   });
+  return CUDA_SUCCESS;
+}
+
+CUresult cuStreamSynchronize(CUstream stream) {
+  {
+    CALL();
+    REFUSE_IF(!current, CUDA_ERROR_INVALID_CONTEXT);
+    REFUSE_IF(stream, CUDA_ERROR_INVALID_VALUE);
+  }
+  standin_synchronize();
   return CUDA_SUCCESS;
 }
 

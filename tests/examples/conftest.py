@@ -45,6 +45,8 @@ class Tree:
         self.npm = Npm(root / "npm")
         build = root / "cmake" / "build_caffe.sh"
         build.parent.mkdir()
+        for name in ("shell.sh", "find_cargo.sh"):
+            shutil.copy(os.path.join(ROOT, "cmake", name), build.parent)
         build.write_text("#!/bin/sh\n")
         build.chmod(0o755)
 

@@ -28,15 +28,14 @@ class World:
         self.folder = folder
         self.user = user
         self.project = folder / "my project"
-        for name in ("myexamples", "tests"):
+        for name in ("cmake", "myexamples", "tests"):
             (self.project / name).mkdir(parents=True)
         (self.project / "myexamples/mnist").mkdir()
-        for name in ("myexamples/common.sh", "myexamples/mnist/train_quick.sh",
+        for name in ("cmake/shell.sh", "myexamples/common.sh", "myexamples/mnist/train_quick.sh",
                      "myexamples/mnist/quick_solver.prototxt",
                      "tests/run.sh"):
             shutil.copy(os.path.join(ROOT, name), self.project / name)
         build = self.project / "cmake/build_caffe.sh"
-        build.parent.mkdir()
         build.write_text(BUILD_CAFFE)
         build.chmod(0o755)
         self.bin = folder / "bin"

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ FAST = "margin: 4 base: 1000 gamma: 0.01 power: 3"
     ("margin: 3 base: 1.02 gamma: 0.0001 power: 0.02",
      "lambda is still 1.006 at the end: the margin has a weight of only 0.5"),
     ("margin: 2 base: 0", "1 or less from the first iteration on"),
-    ("margin: 2 base: 1000 gamma: 0.1 power: 3", "1 or less after 89 iter"),
+    ("margin: 2 base: 1000 gamma: 0.21 power: 3", "1 or less after 42 iter"),
 ])
 def test_warnings(solver, param, warning):
     done = plot_lambda(solver(param))
@@ -118,7 +119,7 @@ def test_warnings(solver, param, warning):
 
 @pytest.mark.parametrize("param, note", [
     (FAST, None),
-    ("margin: 4 base: 1000 gamma: 0.089 power: 3", None),
+    ("margin: 4 base: 1000 gamma: 0.17 power: 3", None),
     ("margin: 3 base: 1.02 gamma: 0.0001 power: 0.04", None),
     (GOOD + " lambda_min: 20", "lambda_min keeps lambda at 20 from iteration "
      "3854 on: the margin's weight ends at 0.048"),
@@ -166,6 +167,54 @@ def test_suggestion_without_a_useful_drop(solver, policy):
         0.5, rel=0.02)
 
 
+def test_a_net_is_no_solver(solver, tmp_path):
+    solver(GOOD)
+    net = tmp_path / "a net.prototxt"
+    done = plot_lambda(net)
+    assert done.returncode == 1
+    assert done.stdout == (
+        'error: %s is a net: give its solver, the prototxt with the line  '
+        'net: "%s"\n' % (net, net))
+    net.write_text("layer { nam: 1 }")
+    assert "SolverParameter" in plot_lambda(net).stdout
+
+
+def test_without_pycaffe(solver, tmp_path, caffe_root):
+    """A tree that Make has built has no caffe_pb2.py until `make pycaffe`."""
+    root = tmp_path / "a caffe"
+    proto = root / "src/caffe/proto/caffe.proto"
+    proto.parent.mkdir(parents=True)
+    proto.symlink_to(caffe_root + "/src/caffe/proto/caffe.proto")
+    path = solver(GOOD)
+    before = sorted(root.rglob("*"))
+    for source in (caffe_root, root):
+        done = subprocess.run(
+            [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=dict(os.environ, CAFFE_ROOT=str(source)))
+        assert done.returncode == 0, done.stdout
+        assert "m = 4" in done.stdout
+    assert sorted(root.rglob("*")) == before
+    proto.unlink()
+    proto.write_text("message broken")
+    done = subprocess.run(
+        [os.path.join(ROOT, "myexamples/plot_lambda.py"), path],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=dict(os.environ, CAFFE_ROOT=str(root)))
+    assert done.returncode == 1 and done.stdout.startswith("error: protoc: ")
+
+
+def test_the_plot_goes_beside_the_solver(solver, tmp_path):
+    path = solver(GOOD)
+    done = run("plot_lambda.py", path, cwd=str(tmp_path / ".."))
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "solver_lambda.png").exists()
+    ignored = subprocess.run(
+        ["git", "-C", ROOT, "check-ignore", "-q",
+         "myexamples/mnist/mnist_solver_lambda.png"])
+    assert ignored.returncode in (0, 128)  # 128: not a clone
+
+
 @pytest.mark.parametrize("path", sorted(
     glob.glob(os.path.join(ROOT, "myexamples", "*", "*solver.prototxt"))
     + glob.glob(os.path.join(ROOT, "myexamples", "*", "model",
@@ -208,24 +257,27 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("policy, rate", POLICIES)
-def test_every_policy_is_drawn(solver, policy, rate):
+def test_every_policy_is_drawn(solver, policy, rate, capsys, monkeypatch):
+    import plot_lambda as tool
     text = 'net: "%%s" base_lr: 0.1 max_iter: 10000 lr_policy: %s %%s' % policy
     path = solver(GOOD, text=text)
-    done = plot_lambda(path)
-    assert "Traceback" not in done.stdout
-    assert "Warning" not in done.stdout
+    png = path.parent / "out.png"
+    monkeypatch.setenv("CAFFE_ROOT", CAFFE_ROOT)
+    monkeypatch.setattr(sys, "argv", ["plot_lambda.py", str(path), "-o",
+                                      str(png)])
     if rate is None:
-        assert done.stdout.startswith("error: ")
-        assert "solver.prototxt: gamma is -0.01" in done.stdout
+        with pytest.raises(SystemExit, match="prototxt: gamma is -0.01"):
+            tool.main()
         return
-    assert done.returncode == 0, done.stdout
-    rows = table(done.stdout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tool.main()
+    rows = table(capsys.readouterr().out)
     assert len(rows) >= 13
     for iteration, (shown, _, _) in rows.items():
-        expected = rate(iteration)
         # Caffe's is a float, whose smallest is near 1e-45.
-        assert shown == pytest.approx(expected, rel=1e-3, abs=2e-45)
-    assert Image.open(str(path.parent / "out.png")).size == (800, 450)
+        assert shown == pytest.approx(rate(iteration), rel=1e-3, abs=2e-45)
+    assert Image.open(str(png)).size == (800, 450)
 
 
 @pytest.mark.parametrize("policy", [
@@ -261,7 +313,6 @@ solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
     caffe_proto.check_solver(param, "solver")
     ours = [caffe_proto.learning_rate(param, i) for i in range(20)]
     assert ours == pytest.approx(rates, rel=1e-5, abs=1e-38)
-
 
 @pytest.mark.parametrize("param, extra, message", [
     ("no_such: 1", "", 'a net.prototxt:4:52 : Message type "caffe.'),

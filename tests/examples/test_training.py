@@ -67,6 +67,11 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     model = lines[-1].split(": ", 1)[1]
     assert model.endswith("quick_iter_20.caffemodel")
     before = os.stat(model).st_mtime_ns
+    out = "myexamples/mnist/quick_snapshot/deploy/deploy."
+    assert "made %sprototxt and %scaffemodel" % (out, out) in lines
+    assert any(re.fullmatch(
+        r"OpenCV \S+ on t10k-images-idx3-ubyte:0: class \d \(probability "
+        r"[01]\.\d{3}\), label 0", line) for line in lines)
     shown = [line.split()[:3] for line in lines
              if re.match(r" +\d+/20 +\d", line)]
     assert [row[0] for row in shown] == ["0/20", "5/20", "10/20", "15/20",
@@ -79,6 +84,7 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     again = quick(mnist)
     assert again.returncode == 0, again.stdout
     assert "the net is trained already" in again.stdout
+    assert "deploy.prototxt" not in again.stdout
     assert again.stdout.splitlines()[-3:] == lines[-3:]
     assert os.stat(model).st_mtime_ns == before
 

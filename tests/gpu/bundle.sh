@@ -1,42 +1,29 @@
 #!/usr/bin/env bash
 # Packs Caffe with CUDA and the tests of its GPU layers into a folder.
-set -euo pipefail
-unset CDPATH
+#
+# Usage: tests/gpu/bundle.sh [--jobs N] [DEST]
+#
+# Makes DEST (build/gpu/bundle), a folder that runs wherever it is copied: Caffe
+# built with CUDA, its tests, and the libraries that a bare host lacks, but
+# cuBLAS and cuRAND, which are too large; the folder's run.sh finds the host's.
+# Needs no GPU. On a host with one, then:
+#
+#   DEST/run.sh
+#
+# Caffe's source comes from cmake/build_caffe.sh --source, the CUDA toolkit from
+# cmake/cuda_toolkit.sh. Environment variables:
+#
+#   CUDA_ARCHS  the GPUs to build for ("75 80 90"; later ones compile the last
+#               one's code at their start)
+#   CUDNN_ROOT  a folder with cuDNN's include and lib: Caffe is built with it,
+#               and the benchmark compares with it; its library, too large as
+#               well, is the host's
+# shellcheck source=SCRIPTDIR/../../cmake/shell.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../../cmake/shell.sh"
 
-usage() {
-  cat <<'END'
-Usage: tests/gpu/bundle.sh [--jobs N] [DEST]
-
-Makes DEST (build/gpu/bundle), a folder that runs wherever it is copied: Caffe
-built with CUDA, its tests, and the libraries that a bare host lacks, but
-cuBLAS and cuRAND, which are too large; the folder's run.sh finds the host's.
-Needs no GPU. On a host with one, then:
-
-  DEST/run.sh
-
-Caffe's source comes from cmake/build_caffe.sh --source, the CUDA toolkit from
-cmake/cuda_toolkit.sh. Environment variables:
-
-  CUDA_ARCHS  the GPUs to build for ("75 80 90"; later ones compile the last
-              one's code at their start)
-  CUDNN_ROOT  a folder with cuDNN's include and lib: Caffe is built with it,
-              and the benchmark compares with it; its library, too large as
-              well, is the host's
-END
-}
-
-project=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 here=$project/tests/gpu
 out=$project/build/gpu
 most_mib=60
-
-say() { printf 'bundle: %s\n' "$*"; }
-die() {
-  printf 'bundle: error: %s\n' "$1" >&2
-  shift
-  if (( $# )); then printf '  %s\n' "$@" >&2; fi
-  exit 1
-}
 
 jobs=$(nproc)
 dest=
@@ -46,8 +33,7 @@ while (( $# )); do
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--jobs needs a number of jobs"
       jobs=$2
       shift ;;
-    -h|--help) usage; exit 0 ;;
-    -*) usage >&2; die "unknown option $1" ;;
+    -*) bad_usage "unknown option $1" ;;
     *) [[ -z $dest ]] || die "one DEST, not both $dest and $1"; dest=$1 ;;
   esac
   shift
@@ -56,12 +42,7 @@ dest=${dest:-$out/bundle}
 [[ ! -e $dest || -e $dest/gpu_bundle ]] ||
   die "$dest is there, and is no bundle; name a folder that is not there"
 
-mkdir -p -- "$out"
-exec 9>> "$out/lock"
-if ! flock -n 9; then
-  say "another run is at work in $out; waiting for it to end"
-  flock 9
-fi
+one_at_a_time "$out/lock"
 
 # ---- Build ----
 
@@ -179,7 +160,7 @@ done < <(awk '$2 == "=>" { print $1, $3 }
            <<< "$libraries" | sort -u)
 strip --strip-unneeded "$part"/bin/* "$part"/lib/*.so*
 
-cp -r -- "$here/nets" "$here/run.sh" "$part/"
+cp -r -- "$here/nets" "$here/run.sh" "$project/cmake/shell.sh" "$part/"
 git -C "$project" rev-parse HEAD > "$part/gpu_bundle" 2> /dev/null ||
   echo "unknown revision" > "$part/gpu_bundle"
 

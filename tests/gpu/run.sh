@@ -1,36 +1,24 @@
 #!/usr/bin/env bash
 # Tests and times the GPU layers on a machine with a GPU.
-set -euo pipefail
-unset CDPATH
-
-usage() {
-  cat <<'END'
-Usage: run.sh [RESULTS]      in a folder that tests/gpu/bundle.sh made
-
-Runs on GPU 0 (CUDA_VISIBLE_DEVICES picks another), with the logs in RESULTS
-(./results):
-  gtest      the layers' tests in Caffe, gradients by GradientChecker included
-  parity     GPU against CPU, float and double
-  training   200 iterations twice, which must give the same bits
-  memcheck, racecheck   parity under compute-sanitizer, where that is installed
-  benchmark  times beside InnerProduct and BatchNorm + Scale
-
-Exits with 0 if all passed and all budgets are met.
-END
-}
-
-if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage; exit; fi
-if (( $# > 1 )); then usage >&2; exit 2; fi
-
+#
+# Usage: run.sh [RESULTS]      in a folder that tests/gpu/bundle.sh made
+#
+# Runs on GPU 0 (CUDA_VISIBLE_DEVICES picks another), with the logs in RESULTS
+# (./results):
+#   gtest      the layers' tests in Caffe, gradients by GradientChecker included
+#   parity     GPU against CPU, float and double
+#   training   200 iterations twice, which must give the same bits
+#   memcheck, racecheck   parity under compute-sanitizer, where that is installed
+#   benchmark  times beside InnerProduct and BatchNorm + Scale
+#
+# Exits with 0 if all passed and all budgets are met.
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
-say() { printf 'gpu: %s\n' "$*"; }
-die() {
-  printf 'gpu: error: %s\n' "$1" >&2
-  shift
-  if (( $# )); then printf '  %s\n' "$@" >&2; fi
-  exit 1
-}
+shared=$here/shell.sh
+[[ -e $shared ]] || shared=$here/../../cmake/shell.sh
+# shellcheck source=SCRIPTDIR/../../cmake/shell.sh
+. "$shared"
 
+(( $# < 2 )) || bad_usage "more than one folder"
 [[ -e $here/gpu_bundle ]] ||
   die "there is no Caffe in $here" \
       "tests/gpu/bundle.sh makes a folder with one, and with this script."

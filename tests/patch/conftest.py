@@ -23,14 +23,12 @@ def tree(tmp_path):
 
 @pytest.fixture(scope="session")
 def layer_files():
-    return [f"{folder}/{layer}.{ext}"
-            for layer in ("large_margin_inner_product_layer", "bn_layer")
-            for folder, ext in (("include/caffe/layers", "hpp"),
-                                ("src/caffe/layers", "cpp"))] + [
-        "include/caffe/util/resume_large_margin.hpp",
-        "src/caffe/util/resume_large_margin.cpp",
-        "src/caffe/test/test_large_margin_inner_product_layer.cpp",
-        "src/caffe/test/test_bn_layer.cpp"]
+    """What apply.sh puts into a tree, as paths of the tree."""
+    found = [path.relative_to(PROJECT).as_posix()
+             for folder in ("include/caffe", "src/caffe", "tests/caffe")
+             for path in (PROJECT / folder).rglob("*.?pp")]
+    assert "src/caffe/layers/bn_layer.cpp" in found
+    return [path.replace("tests/caffe", "src/caffe/test") for path in found]
 
 
 @pytest.fixture

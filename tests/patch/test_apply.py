@@ -47,7 +47,8 @@ def test_apply_again_and_revert(apply, project, tmp_path, layer_files, version):
     make = read(tree, "Makefile").splitlines()
     hook = make.index("include $(CONFIG_FILE)")
     escaped = str(project).replace(" ", "\\ ")
-    assert make[hook + 1] == f"include {escaped}/cmake/lsoftmax.mk"
+    assert make[hook + 1:hook + 3] == [
+        f"LSOFTMAX_ROOT := {project}", f"include {escaped}/cmake/lsoftmax.mk"]
     solver = read(tree, "src/caffe/solver.cpp")
     assert ("(state_filename);\n  }\n"
             "  ResumeLargeMargin(this, state_filename);\n}\n") in solver
@@ -161,44 +162,93 @@ def test_proto_without_newline_at_its_end(apply, tree, messages):
     assert snapshot(tree) == before
 
 
-@pytest.mark.parametrize("field, owner, option, name", [
-    (201, "annotated_data_param", "--bn-field", "bn_param"),
-    (202, "normalize_bbox_param", "--large-margin-field",
-     "largemargin_inner_product_param"),
-])
-def test_field_in_use(apply, tmp_path, messages, field, owner, option, name):
-    tree = make_tree(
-        tmp_path / "caffe",
-        fields=f"  optional FillerParameter\n      {owner} = {field};\n")
-    out = refuses(apply, tree, says=[f"field {field}", owner, name, option])
-    suggested = out.split(option + " ")[1].split()[0]
+MARGIN = "largemargin_inner_product_param"
 
-    apply(option, suggested, tree)
-    layer = {f.name: f.number for f in messages(tree)["LayerParameter"].field}
-    assert layer[name] == int(suggested) and layer[owner] == field
-    # The tree remembers: a rebuild by script passes no numbers.
+
+def numbers(messages, tree):
+    """The numbers that our two fields have, and the whole list."""
+    fields = {f.name: f.number
+              for f in messages(tree)["LayerParameter"].field}
+    return fields["bn_param"], fields[MARGIN], fields
+
+
+@pytest.mark.parametrize("taken, bn, margin", [
+    ((201,), 301, 202), ((202,), 201, 301), ((201, 202), 301, 302),
+    ((201, 202, 301, 303), 302, 304),
+])
+def test_fields_in_use(apply, tmp_path, messages, taken, bn, margin):
+    """Takes free numbers, says which, and keeps them."""
+    tree = make_tree(tmp_path / "caffe", fields="".join(
+        f"  optional FillerParameter x{n} = {n}\n"
+        f"      [deprecated = true];  // = 300;\n" for n in taken))
+    before = snapshot(tree)
+    done = apply(tree)
+    assert numbers(messages, tree)[:2] == (bn, margin)
+    for name, usual, number in (("bn_param", 201, bn), (MARGIN, 202, margin)):
+        said = (f"Field {usual} of LayerParameter is x{usual} here: "
+                f"{name} gets {number}")
+        assert (said in done.stdout) == (usual in taken)
+    after = snapshot(tree)
     assert "Nothing to do" in apply(tree).stdout
+    assert snapshot(tree) == after
+
+    # Kept also where 201 and 202 have become free.
+    path = tree / "src/caffe/proto/caffe.proto"
+    text = path.read_text()
+    for n in taken:
+        text = text.replace(f" x{n} = {n}\n", f" x{n} = {900 + n}\n")
+    path.write_text(text)
+    apply(tree)
+    assert numbers(messages, tree)[:2] == (bn, margin)
+    path.write_text(path.read_text().replace(" = 1", " = 1"))
+    for n in taken:
+        path.write_text(path.read_text().replace(
+            f" x{n} = {900 + n}\n", f" x{n} = {n}\n"))
+    apply("--revert", tree)
+    assert snapshot(tree) == before
+
+
+def test_field_that_the_tree_took_since(apply, tree, messages):
+    apply(tree)
+    path = tree / "src/caffe/proto/caffe.proto"
+    path.write_text(path.read_text().replace(
+        "  optional BNParameter bn_param = 201;",
+        "  optional FillerParameter new = 201;\n"
+        "  optional BNParameter bn_param = 201;"))
+    # Beside our line, it makes the file half patched to a program.
+    assert "half patched" in apply(tree, status=1).stdout
+    path.write_text(path.read_text().replace(
+        "  optional FillerParameter new = 201;\n", "").replace(
+        "  optional string name = 1;",
+        "  optional FillerParameter new = 201;\n  optional string name = 1;"))
+    assert "bn_param gets 301" in apply(tree).stdout
+    assert numbers(messages, tree)[:2] == (301, 202)
+
+
+def test_fields_asked_for(apply, tree, messages):
+    apply("--bn-field", 202, tree)
+    assert numbers(messages, tree)[:2] == (202, 301)
+    apply("--bn-field", 401, "--large-margin-field", 402, tree)
+    assert numbers(messages, tree)[:2] == (401, 402)
+    before = snapshot(tree)
+    out = apply("--bn-field", 129, tree, status=1).stdout
+    assert "uses field 129 for window_data_param" in out
+    assert "--bn-field 301, say" in out
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("number, says", [
     ("0", "not a protobuf field number"), ("-1", "not a protobuf field number"),
     ("x", "not a protobuf field number"), ("19500", "19000"),
-    ("536870912", "536870911"), ("202", "both get field 202"),
+    ("536870912", "536870911"), ("333", "both get field 333"),
     ("129", "window_data_param"),
 ])
 def test_bad_field_number(apply, tree, number, says):
     before = snapshot(tree)
-    done = apply("--bn-field", number, tree, status=1)
+    done = apply("--bn-field", number, "--large-margin-field", 333, tree,
+                 status=1)
     assert says in done.stdout
     assert snapshot(tree) == before
-
-
-def test_new_field_numbers_in_a_patched_tree(apply, tree, messages):
-    apply(tree)
-    apply("--bn-field", 401, "--large-margin-field", 402, tree)
-    layer = {f.name: f.number for f in messages(tree)["LayerParameter"].field}
-    assert layer["bn_param"] == 401
-    assert layer["largemargin_inner_product_param"] == 402
 
 
 # ---- Trees with layers of their own ----
@@ -503,7 +553,7 @@ def test_check_changes_nothing(apply, tree):
 def test_check_finds_errors(apply, tmp_path):
     tree = make_tree(tmp_path / "caffe",
                      fields="  optional FillerParameter x = 201;\n")
-    refuses(apply, tree, "--check", says=["field 201"])
+    refuses(apply, tree, "--check", "--bn-field", 201, says=["field 201"])
 
 
 # ---- All or nothing ----
@@ -621,7 +671,7 @@ def test_two_at_once(apply, tree):
 
 def test_incomplete_project(apply, project, tree):
     (project / "src/caffe/layers/bn_layer.cpp").unlink()
-    refuses(apply, tree, says=["bn_layer.cpp is missing"])
+    refuses(apply, tree, says=["src/caffe/layers/bn_layer.cpp is missing"])
 
 
 def test_usage(apply):

@@ -15,14 +15,13 @@ CARGO = r"""#!/bin/bash
 set -e
 if [[ $1 == --version ]]; then echo "cargo {version} (stand-in)"; exit; fi
 echo "$*; $LSOFTMAX_NVCC; $LSOFTMAX_NVCC_FLAGS; $NVCC_CCBIN" >> {log}
-while [[ $1 != --manifest-path ]]; do shift; done
-source=$(dirname "$2")/src/answer.c
+source=$PWD/src/answer.c
 mkdir -p "$CARGO_TARGET_DIR"
 cd "$CARGO_TARGET_DIR"
-mkdir -p release cxxbridge/lsoftmax/src
+mkdir -p release cxxbridge/lsoftmax/src/bridge
 echo 'extern "C" int lsoftmax_answer();' > cxxbridge/new.h
-cmp -s cxxbridge/new.h cxxbridge/lsoftmax/src/bridge.rs.h ||
-  cp cxxbridge/new.h cxxbridge/lsoftmax/src/bridge.rs.h
+cmp -s cxxbridge/new.h cxxbridge/lsoftmax/src/bridge/ffi.rs.h ||
+  cp cxxbridge/new.h cxxbridge/lsoftmax/src/bridge/ffi.rs.h
 if [[ ! release/liblsoftmax.a -nt $source ]]; then
   cc -fPIC -c "$source" -o answer.o
   rm -f release/liblsoftmax.a
@@ -30,7 +29,7 @@ if [[ ! release/liblsoftmax.a -nt $source ]]; then
 fi
 """
 
-LAYER = """#include "lsoftmax/src/bridge.rs.h"
+LAYER = """#include "lsoftmax/src/bridge/ffi.rs.h"
 #include "caffe/layers/own.hpp"
 int answer() { return OWN * lsoftmax_answer(); }
 """
@@ -105,7 +104,7 @@ $(BUILD_DIR)/%.o: %.cpp
 	$(CXX) $< $(CXXFLAGS) -c -o $@
 $(BUILD_DIR)/tool: tool.cpp | $(NAME)
 	$(CXX) $< -o $@ $(LINKFLAGS) -L$(BUILD_DIR)/lib -lcaffe $(LDFLAGS) \\
-		-Wl,-rpath,$(abspath $(BUILD_DIR))/lib
+		-Wl,-rpath,'$$ORIGIN/lib'
 clean:
 	rm -rf $(BUILD_DIR)
 """
@@ -123,9 +122,9 @@ def sh(*command, cwd=None, env=None, status=0):
 class Setup:
     """A project with a stand-in crate, a Caffe, and a PATH with a cargo."""
 
-    def __init__(self, tmp_path, folder="project"):
+    def __init__(self, tmp_path, folder="project", caffe="caffe"):
         self.project = tmp_path / folder
-        self.caffe = tmp_path / "caffe"
+        self.caffe = tmp_path / caffe
         self.build = self.caffe / "build"
         self.log = tmp_path / "cargo.log"
         self.bin = tmp_path / "bin"
@@ -153,7 +152,7 @@ class Setup:
         for program in ("cc", "c++", "gcc", "g++", "as", "ld", "ar", "ranlib",
                         "nm", "make", "cmake", "bash", "sh", "env", "sed",
                         "awk", "uname", "mkdir", "rm", "cp", "cmp", "dirname",
-                        "touch", "echo", "ninja"):
+                        "touch", "echo", "ninja", "find", "sort", "head"):
             found = shutil.which(program)
             if found:
                 (self.bin / program).symlink_to(os.path.realpath(found))
@@ -259,7 +258,7 @@ def test_cmake_passes_an_old_cargo_by(setup):
     assert f"{setup.bin}/cargo has version 1.65.0" in out
     assert "cargo-web" in out
     setup.cargo(setup.home / ".cargo/bin", "1.88.0")
-    assert f"{setup.home}/.cargo/bin/cargo 1.88.0" in setup.cmake()
+    assert f"{setup.home}/.cargo/bin/cargo\n" in setup.cmake()
     setup.make()
 
 
@@ -270,10 +269,19 @@ def test_cmake_without_cargo(setup):
 
 # ---- Make ----
 
+@pytest.fixture(params=[("project", "caffe"), ("my project", "a caffe")],
+                ids=["plain", "blanks"])
+def setup_of_make(request, tmp_path):
+    return Setup(tmp_path, *request.param)
+
+
 @pytest.fixture
-def make(setup):
+def make(setup_of_make):
+    setup = setup_of_make
+    escaped = str(setup.project).replace(" ", "\\ ")
     (setup.caffe / "Makefile").write_text(MAKEFILE.replace(
-        "{include}", f"include {setup.project}/cmake/lsoftmax.mk"))
+        "{include}", f"LSOFTMAX_ROOT := {setup.project}\n"
+                     f"include {escaped}/cmake/lsoftmax.mk"))
     (setup.caffe / "Makefile.config").write_text(
         "CPU_ONLY := 1\nBUILD_DIR := build\n"
         "CUDA_DIR := /x\nCUDA_ARCH := -gencode arch=compute_80,code=sm_80 \\\n"
@@ -284,7 +292,8 @@ def make(setup):
     return run
 
 
-def test_make(setup, make):
+def test_make(setup_of_make, make):
+    setup = setup_of_make
     make()
     tool = setup.caffe / ".build_release/tool"
     assert setup.sh(tool) == "42\n"
@@ -303,7 +312,8 @@ def test_make(setup, make):
     assert not list(setup.caffe.rglob("*lsoftmax*"))
 
 
-def test_make_hands_cuda_on(setup, make):
+def test_make_hands_cuda_on(setup_of_make, make):
+    setup = setup_of_make
     make("CPU_ONLY=0")
     call = setup.log.read_text()
     assert "--features cuda" in call
@@ -311,17 +321,44 @@ def test_make_hands_cuda_on(setup, make):
             "-gencode arch=compute_90,code=sm_90; g++") in call
 
 
-def test_make_passes_an_old_cargo_by(setup, make):
+def test_make_passes_an_old_cargo_by(setup_of_make, make):
+    setup = setup_of_make
     setup.cargo(setup.bin, "1.65.0")
-    assert "need Rust 1.88 or newer" in make(status=2)
+    assert "Rust 1.88 or newer is needed" in make(status=2)
     setup.cargo(setup.home / ".cargo/bin", "2.0.0")
     make()
 
 
-def test_make_in_a_path_with_blanks(tmp_path):
-    s = Setup(tmp_path, "my project")
-    escaped = str(s.project).replace(" ", "\\ ")
-    (s.caffe / "Makefile").write_text(MAKEFILE.replace(
-        "{include}", f"include {escaped}/cmake/lsoftmax.mk"))
-    (s.caffe / "Makefile.config").write_text("CPU_ONLY := 1\n")
-    assert "blanks" in s.sh("make", cwd=s.caffe, status=2)
+# ---- Without a network ----
+
+OFFLINE = r"""#!/bin/bash
+if [[ $1 == --version ]]; then echo "cargo 1.95.0 (stand-in)"; exit; fi
+echo "$*" >> {log}
+case $* in *vendor*) ;; *) echo "no matching package named cxx" >&2; exit 101;; esac
+"""
+
+
+def test_offline(setup):
+    """Says what to bring; and a folder vendor/ is what cargo takes."""
+    (setup.bin / "cargo").write_text(
+        OFFLINE.replace("{log}", str(setup.log)))
+    find = setup.project / "cmake/find_cargo.sh"
+    out = setup.sh(find, "build", "--locked", status=101)
+    assert "no matching package named cxx" in out
+    assert "crates are missing" in out and "cargo vendor" in out
+    assert f"{setup.project}/vendor" in out
+    (setup.project / "vendor").mkdir()
+    setup.log.unlink()
+    assert setup.sh(find, "build", "--locked", cwd="/") == ""
+    assert setup.log.read_text() == (
+        'build --config source.crates-io.replace-with="vendor" '
+        '--config source.vendor.directory="vendor" --locked\n')
+    setup.sh(find, "fmt", "--check", status=101)
+    assert setup.log.read_text().endswith("\nfmt --check\n")
+
+
+def test_a_crate_that_does_not_compile_is_no_missing_one(setup):
+    (setup.bin / "cargo").write_text(
+        OFFLINE.replace("{log}", str(setup.log)).replace("*vendor*", "tree*"))
+    out = setup.sh(setup.project / "cmake/find_cargo.sh", "build", status=101)
+    assert "crates are missing" not in out

@@ -5,6 +5,7 @@ The build itself is seen in every run of the other tests.
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import time
 
 import pytest
 
-from stand_in import make_tree
+from stand_in import make_tree, snapshot
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ PROGRAMS = (
     "bash", "env", "sed", "awk", "cut", "cksum", "flock", "id", "nproc", "tr",
     "sort", "head", "tail", "mkdir", "mktemp", "rm", "mv", "cp", "cat",
     "dirname", "basename", "tee", "grep", "patch", "diff", "cmp", "find", "ls",
-    "sha256sum", "tar", "timeout", "chown", "chmod", "sleep", "gzip",
+    "sha256sum", "tar", "timeout", "make", "chown", "chmod", "sleep", "gzip",
     "setpriv", "readlink", "size")
 
 STAND_INS = {
@@ -44,8 +45,14 @@ STAND_INS = {
                '  echo all > "$STATE/installed"; rm "$STATE/half";;\n'
                'esac',
     "dpkg": 'if [[ "$*" == "--configure -a" ]]; then rm -f "$STATE/half"; fi',
-    "git": 'if [[ -e $STATE/clone ]]; then cp -R "$STATE/clone" "${@: -1}"; '
-           'else echo "fatal: no network" >&2; exit 128; fi',
+    # Applies patches itself; what it would fetch is in a folder.
+    "git": 'case " $* " in\n'
+           '*" apply "*) exec "$BIN/real-git" "$@" ;;\n'
+           '*" init "*) mkdir -p "${@: -1}" ;;\n'
+           '*" fetch "*) if [[ -e $STATE/clone ]]; then '
+           'cp -R "$STATE/clone/." "$2"; '
+           'else echo "fatal: no network" >&2; exit 128; fi ;;\n'
+           'esac',
     "cmake": 'if [[ $1 == --version ]]; then echo "cmake version 3.25.1"; '
              'exit; fi\n'
              'echo "$*" >> "$STATE/cmake.log"\n'
@@ -70,6 +77,8 @@ class World:
             found = shutil.which(name)
             if found:
                 (self.bin / name).symlink_to(os.path.realpath(found))
+        (self.bin / "real-git").symlink_to(
+            os.path.realpath(shutil.which("git")))
         for name, text in STAND_INS.items():
             self.program(self.bin / name, text)
         self.program(self.state / "cargo", "echo cargo 1.95.0")
@@ -129,7 +138,7 @@ def tree(world):
     (["--jobs"], "--jobs needs a number"),
 ])
 def test_usage(world, args, says):
-    assert says in world.run(*args, status=1)
+    assert says in world.run(*args, status=None)
 
 
 def test_caffe_root_that_is_no_tree(world):
@@ -142,12 +151,73 @@ def test_caffe_root_is_built_in_place(world):
     (root / "python/caffe/__init__.py").write_text(
         "layer_type_list = lambda: ['BN', 'LargeMarginInnerProduct']\n")
     out = world.run("--cpu", status=0, CAFFE_ROOT=str(root))
-    assert out.splitlines()[-1].startswith("build_caffe: done (cpu)")
+    assert out.splitlines()[-1].startswith("build_caffe.sh: done (cpu)")
     assert f"{root}/build/tools/caffe" in out
     assert f"-B {root}/build" in world.cmake_calls()
     assert "-DCPU_ONLY=ON" in world.cmake_calls()
     assert (root / ".lsoftmax-manifest").exists()
     assert not world.caffe.exists()
+
+
+# ---- A tree that Make has built ----
+
+@pytest.fixture
+def made(world):
+    """A tree as Make leaves it, patched and with pycaffe."""
+    root = make_tree(world.folder / "their caffe")
+    subprocess.run([world.project / "caffe_patch/apply.sh", root], check=True,
+                   stdout=subprocess.DEVNULL)
+    (root / ".build_release/tools").mkdir(parents=True)
+    (root / ".build_release/.linked").touch()
+    (root / "build").symlink_to(".build_release")
+    (root / "build/tools/caffe").touch()
+    (root / "python/caffe/_caffe.so").touch()
+    pycaffe_works(root)
+    return root
+
+
+def test_a_tree_of_make_is_used_as_it_is(world, made):
+    before = snapshot(made)
+    for args in ([], ["--cpu"], ["--packages"]):
+        out = world.run(*args, status=0, CAFFE_ROOT=str(made))
+    assert out == ""
+    out = world.run(status=0, CAFFE_ROOT=str(made))
+    assert out == (f"build_caffe.sh: done: Make has built {made}, "
+                   "which is used as it is\n")
+    assert snapshot(made) == before and not world.cmake_calls()
+    assert not (world.state / "apt.log").exists()
+
+
+@pytest.mark.parametrize("missing, args, target", [
+    ("build/tools/caffe", [], "all"),
+    ("python/caffe/_caffe.so", [], "pycaffe"),
+    ("build/test/test_all.testbin", ["--tests"], "test")])
+def test_a_tree_of_make_without(world, made, missing, args, target):
+    (made / missing).unlink(missing_ok=True)
+    before = snapshot(made)
+    out = world.run(*args, status=1, CAFFE_ROOT=str(made))
+    where = str(made).replace(" ", "\\ ")
+    assert out == (f"build_caffe.sh: error: Make has built {made}, but not "
+                   f"{missing}: run\n  make -C {where} {target}\n")
+    assert snapshot(made) == before and not world.cmake_calls()
+
+
+def test_a_tree_of_make_without_the_layers(world, made):
+    (made / "python/caffe/__init__.py").write_text(
+        "layer_type_list = lambda: ['ReLU']\n")
+    before = snapshot(made)
+    out = world.run(status=1, CAFFE_ROOT=str(made))
+    assert "does not have the layers: BN, LargeMarginInnerProduct" in out
+    assert "caffe_patch/apply.sh" in out and "all pycaffe" in out
+    assert snapshot(made) == before
+
+
+def test_source_of_a_tree_of_make(world, made):
+    """Patching it is what --source is for."""
+    subprocess.run([world.project / "caffe_patch/apply.sh", "--revert", made],
+                   check=True, stdout=subprocess.DEVNULL)
+    world.run("--source", status=0, CAFFE_ROOT=str(made))
+    assert (made / ".lsoftmax-manifest").exists()
 
 
 def test_pycaffe_without_the_layers(world, tree):
@@ -166,7 +236,7 @@ def test_tests_are_only_ours(world, tree):
     pycaffe_works(tree)
     world.run("--tests", "--jobs", "3", status=0)
     calls = world.cmake_calls()
-    assert ("-DBUILD_only_tests=large_margin_inner_product_layer,bn_layer"
+    assert ("-DBUILD_only_tests=bn_layer,large_margin_inner_product_layer"
             in calls)
     assert "--parallel 3 --target all test.testbin" in calls
 
@@ -190,6 +260,49 @@ def test_a_build_that_fails(world, tree):
     out = world.run(status=1)
     assert "something.cpp: error: broken" in out
     assert f"The whole log: {tree}/build/build_caffe.log" in out
+
+
+@pytest.mark.parametrize("log, first, package", [
+    ("-- Boost version: 1.74\nCMake Error at cmake/Find.cmake:1 (message):\n"
+     "  Could NOT find Boost (missing: regex)\n\nCall Stack:\n  x.cmake:2\n\n"
+     "-- Configuring incomplete, errors occurred!\n",
+     "CMake Error at cmake/Find.cmake:1 (message): Could NOT find Boost "
+     "(missing: regex)", "libboost-regex-dev"),
+    ("CMake Error at M.cmake:230 (message):\n  Could NOT find GFlags (missing: "
+     "GFLAGS_INCLUDE_DIR)\n", "Could NOT find GFlags", "libgflags-dev"),
+    ("[ 3%] Building CXX\n/a/io.cpp:4:10: fatal error: opencv2/core/core.hpp: "
+     "No such file or directory\nmake: *** [all] Error 2\n",
+     "/a/io.cpp:4:10: fatal error: opencv2/core/core.hpp: No such file or "
+     "directory", "libopencv-dev"),
+    ("/usr/bin/ld: cannot find -lboost_regex: No such file or directory\n"
+     "collect2: error: ld returned 1\n", "cannot find -lboost_regex",
+     "libboost-regex-dev"),
+    ("/a/b.cpp:7:3: error: 'CV_RGB' was not declared in this scope\n"
+     "/a/b.cpp:9:3: error: other\n", "'CV_RGB' was not declared", None),
+    ("error[E0308]: mismatched types\n", "error[E0308]: mismatched", None),
+])
+def test_a_build_that_fails_shows_the_first_error(world, tree, log, first,
+                                                  package):
+    (world.state / "log").write_text(log)
+    world.program(world.bin / "cmake",
+                  "[[ $1 == --version ]] && { echo cmake version 3.25.1; exit;"
+                  '}\ncat "$STATE/log"; exit 1')
+    out = world.run(status=1)
+    assert "its first error:\n  " in out and first in out
+    assert "The whole log: " in out
+    assert "other" not in out and "Call Stack" not in out
+    if package:
+        assert f"apt-get install {package}\n" in out
+    else:
+        assert "apt-get" not in out
+
+
+def test_boost_regex_where_the_tree_asks_for_it(world, tree):
+    (world.state / "installed").write_text("cmake\n")
+    assert "libboost-regex-dev" not in world.run("--packages", status=0)
+    (tree / "cmake/Dependencies.cmake").write_text(
+        "find_package(Boost 1.55 REQUIRED COMPONENTS system thread regex)\n")
+    assert "libboost-regex-dev" in world.run("--packages", status=0)
 
 
 # ---- What a killed build leaves ----
@@ -303,18 +416,18 @@ def test_full_disk(world, disk):
     for left in (0, 100, 200, 280, 340, 400):
         small.fill(left)
         out = world.run(status=None)
-        if out.splitlines()[-1].startswith("build_caffe: done"):
+        if out.splitlines()[-1].startswith("build_caffe.sh: done"):
             break
         errors = [line for line in out.splitlines() if "error: " in line]
         assert "could not be had" not in out
-        assert ("disk of " in errors[-1] and "is full" in errors[-1] or
+        assert ("disk is full" in errors[-1] or
                 "apply.sh: error: " in errors[-1]), out
         assert "No space left on device" in out or "is full" in out
         seen.append(errors[-1].split(":")[0])
         assert not list(small.path.glob("project/build/*.part.*"))
-    assert {"build_caffe", "apply.sh"} <= set(seen)
+    assert {"build_caffe.sh", "apply.sh"} <= set(seen)
     small.free()
-    assert world.run(status=0).splitlines()[-1].startswith("build_caffe: done")
+    assert world.run(status=0).splitlines()[-1].startswith("build_caffe.sh: done")
 
 
 def test_compiler_on_a_full_disk(world, tree):
@@ -324,7 +437,7 @@ def test_compiler_on_a_full_disk(world, tree):
                   "}\n[[ $1 != --build ]] || { echo 'x.cpp:1: fatal error: "
                   "error writing to x.s: No space left on device'; exit 1; }")
     out = world.run(status=1)
-    assert f"error: the disk of {tree}/build is full" in out
+    assert f"error: cannot write to {tree}/build: its disk is full" in out
     assert "x.cpp:1: fatal error" in out
 
 
@@ -337,7 +450,7 @@ def test_read_only_tree(world, tree, disk):
         out = world.run(status=1)
     finally:
         small.read_only(False)
-    assert out == (f"build_caffe: error: cannot write to {world.project}/build:"
+    assert out == (f"build_caffe.sh: error: cannot write to {world.project}/build:"
                    " Read-only file system\n")
 
 
@@ -348,7 +461,7 @@ def test_tree_of_somebody_else(world, tree):
     for path in (world.project, *world.project.rglob("*")):
         path.chmod(path.stat().st_mode & ~0o022)
     out = world.run(status=1, user=user)
-    assert out == (f"build_caffe: error: cannot write to {world.project}/build:"
+    assert out == (f"build_caffe.sh: error: cannot write to {world.project}/build:"
                    " Permission denied\n")
 
 
@@ -406,14 +519,11 @@ def test_without_root(world, tree):
     assert "cmake" not in line
     # cargo needs them, and its package does not say so.
     assert "ca-certificates" in line
-    assert "git" not in line  # the tree is there
+    assert "git" in line  # which applies the patches
     assert not (world.state / "apt.log").exists()
 
     listed = world.run("--packages", status=0, user=user).splitlines()
     assert listed == line[line.index("--no-install-recommends") + 1:]
-    shutil.rmtree(tree)
-    listed = world.run("--packages", status=0, user=user).splitlines()
-    assert "git" in listed
 
 
 def test_no_packages_are_missing(world):
@@ -457,6 +567,39 @@ def test_clone(world):
     assert "cloning BVLC/caffe" in out
     assert (world.caffe / ".lsoftmax-manifest").exists()
     assert sorted(p.name for p in world.caffe.parent.iterdir()) == ["caffe"]
+
+
+def test_clone_is_of_the_commit(world):
+    """Not of what the branch has come to since; with the real git."""
+    origin = make_tree(world.folder / "origin")
+
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", origin, "-c", "user.name=n", "-c", "user.email=e",
+             *args], check=True, text=True, stdout=subprocess.PIPE).stdout
+
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "the one")
+    commit = git("rev-parse", "HEAD").strip()
+    (origin / "later").touch()
+    git("add", ".")
+    git("commit", "--quiet", "-m", "later")
+    script = world.project / "cmake/caffe_source.sh"
+    text = script.read_text()
+    pinned = re.search(r"(?m)^caffe_commit=(99bd997[0-9a-f]{33})$", text)
+    script.write_text(text.replace(pinned[1], commit))
+    (world.bin / "git").unlink()
+    (world.bin / "git").symlink_to(world.bin / "real-git")
+    out = world.run("--source", status=0, GIT_CONFIG_COUNT="1",
+                    GIT_CONFIG_KEY_0=f"url.file://{origin}.insteadOf",
+                    GIT_CONFIG_VALUE_0="https://github.com/BVLC/caffe.git")
+    assert "cloning BVLC/caffe at " + commit[:7] in out
+    assert (world.caffe / "src/caffe/solver.cpp").exists()
+    assert not (world.caffe / "later").exists()
+    head = subprocess.run(["git", "-C", world.caffe, "rev-parse", "HEAD"],
+                          check=True, text=True, stdout=subprocess.PIPE)
+    assert head.stdout.strip() == commit
 
 
 def test_no_source(world):
@@ -567,7 +710,8 @@ def test_waits_for_another_run(world, tree):
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         first = run.stdout.readline()
-        assert "another build is at work" in first and str(tree) in first
+        assert "waiting for another script that works in" in first
+        assert str(tree) in first
         assert run.poll() is None
     finally:
         holder.kill()

@@ -1,49 +1,41 @@
 #!/usr/bin/env bash
 # Runs the README's two commands in a Debian with nothing installed.
-set -euo pipefail
-unset CDPATH
-
-usage() {
-  cat <<'END'
-Usage: tests/robustness/bare_machine.sh [--user] [SUITE...]
-
-Makes a minimal Debian of each SUITE (bookworm and trixie) with debootstrap,
-puts a clone of this project's HEAD into it and runs
-myexamples/mnist/train_quick.sh and tests/run.sh there, as root. Ends with a
-table; the exit status is 0 if both passed in every suite and no stage of
-tests/run.sh was left out.
-
-  --user  as a user without root and without sudo instead: where a command
-          ends with the packages to ask for, root installs these and nothing
-          else, and the command runs again. The first must have asked before it
-          made anything.
-
-It needs root, a Debian whose package lists are there, as it takes the mirror
-from them, some GB of disk and, on two cores, some 20 minutes a suite. The systems
-are in build/bare/SUITE, in which nothing stays mounted; that of a suite that
-passed is removed. The logs stay in build/bare, the packages' files in
-build/bare/archives.
-
-What a network asks of its machines is carried over: resolv.conf, hosts, apt's
-options for downloads, pip.conf, the certificates in
-/usr/local/share/ca-certificates and the environment's proxies.
-END
-}
+#
+# Usage: tests/robustness/bare_machine.sh [--user] [SUITE...]
+#
+# Makes a minimal Debian of each SUITE (bookworm and trixie) with debootstrap,
+# puts a clone of this project's HEAD into it and runs
+# myexamples/mnist/train_quick.sh and tests/run.sh there, as root. Ends with a
+# table; the exit status is 0 if both passed in every suite and no stage of
+# tests/run.sh was left out.
+#
+#   --user  as a user without root and without sudo instead: where a command
+#           ends with the packages to ask for, root installs these and nothing
+#           else, and the command runs again. The first must have asked before it
+#           made anything.
+#
+# It needs root, a Debian whose package lists are there, as it takes the mirror
+# from them, some GB of disk and, on two cores, some 20 minutes a suite. The systems
+# are in build/bare/SUITE, in which nothing stays mounted; that of a suite that
+# passed is removed. The logs stay in build/bare, the packages' files in
+# build/bare/archives.
+#
+# What a network asks of its machines is carried over: resolv.conf, hosts, apt's
+# options for downloads, pip.conf, the certificates in
+# /usr/local/share/ca-certificates and the environment's proxies.
+# shellcheck source=SCRIPTDIR/../../myexamples/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
 
 as_user=
 suites=()
 for argument; do
   case $argument in
-    -h | --help) usage; exit 0 ;;
     --user) as_user=1 ;;
-    *[!a-z]* | '') usage >&2; exit 2 ;;
+    *[!a-z]* | '') bad_usage "unknown argument $argument" ;;
     *) suites+=("$argument") ;;
   esac
 done
 [ ${#suites[@]} -gt 0 ] || suites=(bookworm trixie)
-
-# shellcheck source=SCRIPTDIR/../../myexamples/common.sh
-. "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
 
 [ "$(id -u)" -eq 0 ] ||
   die "only root can make a Debian and go into it: run this as root"
@@ -53,8 +45,8 @@ unshare --mount --pid --fork true ||
 
 bare=$ROOT/build/bare
 archives=$bare/archives
-mkdir -p -- "$archives"
 one_at_a_time "$bare/.lock"
+mkdir -p -- "$archives"
 command -v debootstrap >/dev/null ||
   need_packages "making a bare Debian" debootstrap
 trap 'exit 130' INT

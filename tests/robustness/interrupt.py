@@ -324,7 +324,8 @@ def main():
     parser.add_argument("-h", "--help", action="store_true")
     args = parser.parse_args()
     if args.help:
-        raise SystemExit(__doc__)
+        print(__doc__.strip())
+        return
     if set(args.parts) - {"build", "train"}:
         raise SystemExit(__doc__)
     random.seed(args.seed)

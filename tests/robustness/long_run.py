@@ -144,6 +144,9 @@ def main(iterations):
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__.strip())
+        raise SystemExit
     count = sys.argv[1] if len(sys.argv) == 2 else "5000"
     if len(sys.argv) > 2 or not count.isdigit() or not int(count) \
             or int(count) % 1000:

@@ -1,59 +1,48 @@
 #!/usr/bin/env bash
 # Looks for memory errors, data races and undefined behaviour.
-set -euo pipefail
-unset CDPATH
-
-usage() {
-  cat <<'END'
-Usage: tests/robustness/sanitize.sh [STAGE...]
-
-Runs the layers' tests under tools that see what a test cannot: reads and
-writes outside of their memory, uninitialised values, leaks, data races,
-undefined behaviour. It is for changes of code with `unsafe`, threads or the
-C++ border, takes 10 minutes or more on two cores and is no part of
-tests/run.sh.
-
-Stages, by default all of them:
-  unsafe    every unsafe block says why it is safe (clippy, with the GPU path;
-            its kernels are not compiled for it)
-  asan      the crate's tests under AddressSanitizer
-  tsan      the crate's tests under ThreadSanitizer, for BN's threads; the
-            standard library is built with it (needs the component rust-src:
-            in a library that is not, ThreadSanitizer does not see the locks)
-  miri      tests of the crate that are small enough for Miri (needs it:
-            rustup toolchain install nightly --component miri,rust-src)
-  valgrind  the gtests of both layers in memcheck, with a library that has
-            Rust's debug assertions; their death tests are left out, since a
-            process that ends in LOG(FATAL) frees nothing
-
-The sanitizers are options of rustc that only nightly compilers offer;
-RUSTC_BOOTSTRAP=1 has a stable one take them. A stage whose tool cannot be had
-is SKIPPED with the reason. What is built, and the logs, are in
-build/robustness. The exit status is 0 if no stage failed.
-END
-}
+#
+# Usage: tests/robustness/sanitize.sh [STAGE...]
+#
+# Runs the layers' tests under tools that see what a test cannot: reads and
+# writes outside of their memory, uninitialised values, leaks, data races,
+# undefined behaviour. It is for changes of code with `unsafe`, threads or the
+# C++ border, takes 10 minutes or more on two cores and is no part of
+# tests/run.sh.
+#
+# Stages, by default all of them:
+#   unsafe    every unsafe block says why it is safe (clippy, with the GPU path;
+#             its kernels are not compiled for it)
+#   asan      the crate's tests under AddressSanitizer
+#   tsan      the crate's tests under ThreadSanitizer, for BN's threads; the
+#             standard library is built with it (needs the component rust-src:
+#             in a library that is not, ThreadSanitizer does not see the locks)
+#   miri      tests of the crate that are small enough for Miri (needs it:
+#             rustup toolchain install nightly --component miri,rust-src)
+#   valgrind  the gtests of both layers in memcheck, with a library that has
+#             Rust's debug assertions; their death tests are left out, since a
+#             process that ends in LOG(FATAL) frees nothing
+#
+# The sanitizers are options of rustc that only nightly compilers offer;
+# RUSTC_BOOTSTRAP=1 has a stable one take them. A stage whose tool cannot be had
+# is SKIPPED with the reason. What is built, and the logs, are in
+# build/robustness. The exit status is 0 if no stage failed.
+# shellcheck source=SCRIPTDIR/../../myexamples/common.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
 
 stages=()
 for stage; do
   case $stage in
-    -h | --help) usage; exit 0 ;;
     unsafe | asan | tsan | miri | valgrind) stages+=("$stage") ;;
-    *) usage >&2; exit 2 ;;
+    *) bad_usage "unknown stage $stage" ;;
   esac
 done
 [ ${#stages[@]} -gt 0 ] || stages=(unsafe asan tsan miri valgrind)
 
-# shellcheck source=SCRIPTDIR/../../myexamples/common.sh
-. "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
-
 work=$ROOT/build/robustness
-mkdir -p -- "$work"
 one_at_a_time "$work/.lock"
 
-# The cargo that built the library: the first one on the PATH may be too old.
-dir=$(sed -n 's|^-- Rust library of L-Softmax: \(.*\)/cargo .*|\1|p' \
-  "$CAFFE_ROOT/build/build_caffe.log" 2>/dev/null | tail -n 1) || true
-[ -z "$dir" ] || PATH=$dir:$PATH
+# The cargo that builds the library: the first one on the PATH may be too old.
+PATH=$(cmake/find_cargo.sh):$PATH
 host=$(rustc -vV | sed -n 's/^host: //p')
 
 why=''  # why a stage could not run

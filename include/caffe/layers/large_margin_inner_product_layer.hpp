@@ -51,6 +51,7 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
  public:
   explicit LargeMarginInnerProductLayer(const LayerParameter& param)
       : Layer<Dtype>(param) {}
+  virtual ~LargeMarginInnerProductLayer();
   virtual void LayerSetUp(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top);
   virtual void Reshape(const vector<Blob<Dtype>*>& bottom,
@@ -92,7 +93,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
    *   -# @f$ (M \times N) @f$ the logits, with margin where there are labels
    *   -# @f$ (1) @f$ lambda of this pass
    *   -# @f$ (M \times N) @f$ the logits without margin, for an Accuracy layer
-   *      that is to judge as a deployed net does; passes no gradient back
+   *      that is to judge as a deployed net does. A loss on it trains as on an
+   *      InnerProduct layer.
    */
   virtual void Forward_cpu(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top);
@@ -105,6 +107,9 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
    * the gradient by the first top and, by the cosine @f$ c @f$,
    * @f$ a = \frac{\psi' - 1}{1 + \lambda} @f$,
    * @f$ b = \frac{\psi - c \psi'}{1 + \lambda} @f$.
+   * Where the third top has a gradient, InnerProduct's of that is added. On the
+   * way @f$ g_{iy} (1 + a) @f$ stands for @f$ g_{iy} @f$ in the first top's; at
+   * the end it is bit by bit what it was.
    */
   virtual void Backward_cpu(const vector<Blob<Dtype>*>& top,
       const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);

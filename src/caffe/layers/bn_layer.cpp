@@ -1,3 +1,4 @@
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -6,7 +7,6 @@
 #include "caffe/util/format.hpp"
 #include "caffe/util/math_functions.hpp"
 #include "lsoftmax/blobs.hpp"
-#include "lsoftmax/src/bridge.rs.h"
 
 namespace caffe {
 
@@ -43,19 +43,37 @@ struct BNLayer<Dtype>::State {
   State(const string& param, Phase phase)
       : rust(lsoftmax::new_batch_norm(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()),
-            phase == TRAIN)) {}
+            phase == TRAIN)), warned(false) {}
 
   // Returns the number of channels.
   int Reshape(const Blob<Dtype>* bottom) {
     const vector<int>& shape = bottom->shape();
-    return lsoftmax::reshape(*rust,
+    const lsoftmax::BnSizes sizes = lsoftmax::reshape(*rust,
         rust::Slice<const int32_t>(shape.data(), shape.size()));
+#ifndef CPU_ONLY
+    scratch.Reshape(sizes.device_bytes);
+#endif  // CPU_ONLY
+    return sizes.channels;
+  }
+
+  // A batch may have nothing to measure: said once, with what it does.
+  void WarnOfConstantChannel(const BNLayer<Dtype>& layer) {
+    const int channel = warned ? -1 : lsoftmax::constant_channel(*rust);
+    if (channel < 0) { return; }
+    warned = true;
+    LOG_IF(WARNING, Caffe::root_solver()) << layer.type() << " layer '"
+        << layer.layer_param().name() << "': all values of channel " << channel
+        << " of a batch are the same. Its variance is 0, and such batches move "
+        << "its moving inverse standard deviation, by which the TEST phase "
+        << "normalizes, towards 1 / sqrt(eps) = "
+        << 1 / std::sqrt(layer.layer_param().bn_param().eps())
+        << ": use larger batches, a larger eps, or frozen: true";
   }
 
   rust::Box<lsoftmax::BatchNorm> rust;
+  bool warned;
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
-  uint8_t* GpuScratch() { return scratch.Get(rust->device_bytes()); }
   lsoftmax::Scratch scratch;
 #endif  // CPU_ONLY
 };
@@ -63,6 +81,7 @@ struct BNLayer<Dtype>::State {
 template <typename Dtype>
 void BNLayer<Dtype>::LayerSetUp(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
+  lsoftmax::LogVersion();
   const BNParameter& param = this->layer_param_.bn_param();
   vector<int> shape(2, 1);
   try {
@@ -154,26 +173,26 @@ bool BNLayer<Dtype>::KeepsXHat() const {
 template <typename Dtype>
 void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
-  const vector<shared_ptr<Blob<Dtype> > >& blobs = this->blobs_;
-  Blob<Dtype>* mean = blobs[kMovingMean].get();
-  Blob<Dtype>* inv_std = blobs[kMovingInvStd].get();
+  Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
+  Blob<Dtype>* inv_std = this->blobs_[kMovingInvStd].get();
+  const bool in_place = bottom[0] == top[0];
+  lsoftmax::BnForward pass = lsoftmax::BnForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  if (!in_place) { pass.bottom = Data(bottom[0]); }
+  pass.slope = Data(this->blobs_[kSlope].get());
+  pass.bias = Data(this->blobs_[kBias].get());
+  if (state_->rust->by_batch()) {
+    pass.update_mean = MutableData(mean);
+    pass.update_inv_std = MutableData(inv_std);
+  } else {
+    pass.moving_mean = Data(mean);
+    pass.moving_inv_std = Data(inv_std);
+  }
+  pass.top = MutableData(top[0]);
+  if (in_place && KeepsXHat()) { pass.x_hat = MutableData(&x_hat_); }
   try {
-    if (state_->rust->by_batch()) {
-      lsoftmax::take_batch_statistics(*state_->rust, Data(bottom[0]),
-          MutableData(mean), MutableData(inv_std));
-    } else {
-      lsoftmax::take_moving_statistics(*state_->rust, Data(mean),
-          Data(inv_std));
-    }
-    if (bottom[0] == top[0]) {
-      lsoftmax::normalize_in_place(*state_->rust, Data(blobs[kSlope].get()),
-          Data(blobs[kBias].get()), MutableData(top[0]),
-          KeepsXHat() ? MutableData(&x_hat_) : rust::Slice<Dtype>());
-    } else {
-      lsoftmax::normalize(*state_->rust, Data(bottom[0]),
-          Data(blobs[kSlope].get()), Data(blobs[kBias].get()),
-          MutableData(top[0]));
-    }
+    lsoftmax::forward(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -184,22 +203,25 @@ void BNLayer<Dtype>::Backward_cpu(const vector<Blob<Dtype>*>& top,
     const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom) {
   Blob<Dtype>* slope = this->blobs_[kSlope].get();
   Blob<Dtype>* bias = this->blobs_[kBias].get();
-  const rust::Slice<Dtype> unwanted;
-  const rust::Slice<Dtype> slope_diff =
-      this->param_propagate_down_[kSlope] ? MutableDiff(slope) : unwanted;
-  const rust::Slice<Dtype> bias_diff =
-      this->param_propagate_down_[kBias] ? MutableDiff(bias) : unwanted;
+  const bool in_place = bottom[0] == top[0];
+  lsoftmax::BnBackward pass = lsoftmax::BnBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  if (propagate_down[0]) { pass.bottom_diff = MutableDiff(bottom[0]); }
+  if (!in_place || !propagate_down[0]) { pass.top_diff = Diff(top[0]); }
+  if (!in_place) {
+    pass.x = Data(bottom[0]);
+  } else if (KeepsXHat()) {
+    pass.x = Data(&x_hat_);
+  }
+  pass.slope = Data(slope);
+  if (this->param_propagate_down_[kSlope]) {
+    pass.slope_diff = MutableDiff(slope);
+  }
+  if (this->param_propagate_down_[kBias]) {
+    pass.bias_diff = MutableDiff(bias);
+  }
   try {
-    if (bottom[0] == top[0]) {
-      lsoftmax::backward_in_place(*state_->rust,
-          KeepsXHat() ? Data(&x_hat_) : rust::Slice<const Dtype>(),
-          Data(slope), MutableDiff(top[0]), propagate_down[0], slope_diff,
-          bias_diff);
-    } else {
-      lsoftmax::backward(*state_->rust, Diff(top[0]), Data(bottom[0]),
-          Data(slope), propagate_down[0] ? MutableDiff(bottom[0]) : unwanted,
-          slope_diff, bias_diff);
-    }
+    lsoftmax::backward(*state_->rust, pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -211,15 +233,28 @@ STUB_GPU(BNLayer);
 template <typename Dtype>
 void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
-  const vector<shared_ptr<Blob<Dtype> > >& blobs = this->blobs_;
-  const bool in_place = bottom[0] == top[0];
+  Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
+  Blob<Dtype>* inv_std = this->blobs_[kMovingInvStd].get();
+  lsoftmax::DeviceBnForward pass = lsoftmax::DeviceBnForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.bottom = GpuData(bottom[0]);
+  pass.slope = GpuData(this->blobs_[kSlope].get());
+  pass.bias = GpuData(this->blobs_[kBias].get());
+  if (state_->rust->by_batch()) {
+    pass.update_mean = MutableGpuData(mean);
+    pass.update_inv_std = MutableGpuData(inv_std);
+  } else {
+    pass.moving_mean = GpuData(mean);
+    pass.moving_inv_std = GpuData(inv_std);
+  }
+  pass.top = MutableGpuData(top[0]);
+  if (bottom[0] == top[0] && KeepsXHat()) {
+    pass.x_hat = MutableGpuData(&x_hat_);
+  }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::forward_gpu(*state_->rust, GpuData(bottom[0]),
-        GpuData(blobs[kSlope].get()), GpuData(blobs[kBias].get()),
-        MutableGpuData(blobs[kMovingMean].get()),
-        MutableGpuData(blobs[kMovingInvStd].get()), MutableGpuData(top[0]),
-        in_place && KeepsXHat() ? MutableGpuData(&x_hat_) : NULL,
-        state_->GpuScratch());
+    lsoftmax::forward_gpu(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -232,15 +267,21 @@ void BNLayer<Dtype>::Backward_gpu(const vector<Blob<Dtype>*>& top,
   Blob<Dtype>* bias = this->blobs_[kBias].get();
   const bool has_x_hat = bottom[0] == top[0] && KeepsXHat();
   const bool learns = !state_->rust->frozen();
+  lsoftmax::DeviceBnBackward pass = lsoftmax::DeviceBnBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.top_diff = GpuDiff(top[0]);
+  pass.x = GpuData(has_x_hat ? &x_hat_ : bottom[0]);
+  pass.slope = GpuData(slope);
+  if (propagate_down[0]) { pass.bottom_diff = MutableGpuDiff(bottom[0]); }
+  if (learns && this->param_propagate_down_[kSlope]) {
+    pass.slope_diff = MutableGpuDiff(slope);
+  }
+  if (learns && this->param_propagate_down_[kBias]) {
+    pass.bias_diff = MutableGpuDiff(bias);
+  }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::backward_gpu(*state_->rust, GpuDiff(top[0]),
-        GpuData(has_x_hat ? &x_hat_ : bottom[0]), has_x_hat, GpuData(slope),
-        propagate_down[0] ? MutableGpuDiff(bottom[0]) : NULL,
-        learns && this->param_propagate_down_[kSlope] ? MutableGpuDiff(slope)
-            : NULL,
-        learns && this->param_propagate_down_[kBias] ? MutableGpuDiff(bias)
-            : NULL,
-        state_->GpuScratch());
+    lsoftmax::backward_gpu(*state_->rust, pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }

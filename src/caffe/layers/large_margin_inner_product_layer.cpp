@@ -7,15 +7,15 @@
 #include "caffe/filler.hpp"
 #include "caffe/layers/large_margin_inner_product_layer.hpp"
 #include "caffe/util/format.hpp"
-#include "caffe/util/math_functions.hpp"
 #include "lsoftmax/blobs.hpp"
-#include "lsoftmax/src/bridge.rs.h"
+#include "lsoftmax/caffe_blas.hpp"
 
 namespace caffe {
 
 using lsoftmax::Data;
 using lsoftmax::Diff;
 using lsoftmax::Fail;
+using lsoftmax::HasDiff;
 using lsoftmax::MutableData;
 using lsoftmax::MutableDiff;
 #ifndef CPU_ONLY
@@ -23,46 +23,9 @@ using lsoftmax::GpuData;
 using lsoftmax::GpuDiff;
 using lsoftmax::MutableGpuData;
 using lsoftmax::MutableGpuDiff;
-using lsoftmax::Scratch;
 #endif  // CPU_ONLY
 
 namespace {
-
-CBLAS_TRANSPOSE Transpose(bool transpose) {
-  return transpose ? CblasTrans : CblasNoTrans;
-}
-
-// The BLAS that this Caffe is built with.
-class CpuBlas : public lsoftmax::Blas {
- public:
-  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const float* a, const float* b, float beta, float* c) const {
-    caffe_cpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1.f, a, b, beta, c);
-  }
-  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const double* a, const double* b, double beta, double* c) const {
-    caffe_cpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1., a, b, beta, c);
-  }
-};
-
-#ifndef CPU_ONLY
-// cuBLAS, on Caffe's handle.
-class GpuBlas : public lsoftmax::Blas {
- public:
-  virtual void gemm_f32(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const float* a, const float* b, float beta, float* c) const {
-    caffe_gpu_gemm<float>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1.f, a, b, beta, c);
-  }
-  virtual void gemm_f64(bool transpose_a, bool transpose_b, int m, int n,
-      int k, const double* a, const double* b, double beta, double* c) const {
-    caffe_gpu_gemm<double>(Transpose(transpose_a), Transpose(transpose_b),
-        m, n, k, 1., a, b, beta, c);
-  }
-};
-#endif  // CPU_ONLY
 
 // Says which layer a blob is too large for; Caffe's own words do not.
 template <typename Dtype>
@@ -87,30 +50,47 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
       : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
 
-  lsoftmax::MatrixSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
-    const vector<int>& shape = bottom[0]->shape();
-    return lsoftmax::reshape(*rust,
-        rust::Slice<const int32_t>(shape.data(), shape.size()),
-        bottom.size() > 1 ? bottom[1]->count() : -1);
+  lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
+    const bool has_labels = bottom.size() > 1;
+    const vector<int>& features = bottom[0]->shape();
+    const vector<int>& labels = bottom[has_labels ? 1 : 0]->shape();
+    const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
+        rust::Slice<const int32_t>(features.data(), features.size()),
+        has_labels, rust::Slice<const int32_t>(labels.data(), labels.size()));
+#ifndef CPU_ONLY
+    scratch.Reshape(sizes.device_bytes);
+#endif  // CPU_ONLY
+    return sizes;
   }
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
-
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
-  uint8_t* GpuScratch() { return scratch.Get(rust->device_bytes()); }
-  Scratch scratch;
+  lsoftmax::Scratch scratch;
 #endif  // CPU_ONLY
 };
 
 template <typename Dtype>
+LargeMarginInnerProductLayer<Dtype>::~LargeMarginInnerProductLayer() {
+#ifndef CPU_ONLY
+  // After the last batch no call is left that would report its bad label.
+  if (!state_) { return; }
+  try {
+    lsoftmax::finish(*state_->rust);
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+#endif  // CPU_ONLY
+}
+
+template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-  for (int i = 1; i < this->layer_param_.loss_weight_size(); ++i) {
-    if (this->layer_param_.loss_weight(i) != 0) {
-      Fail(*this, "loss_weight of a top other than the first must be 0: no "
-          "gradient passes through lambda or the plain logits");
-    }
+  lsoftmax::LogVersion();
+  if (this->layer_param_.loss_weight_size() > 1
+      && this->layer_param_.loss_weight(1) != 0) {
+    Fail(*this, "loss_weight of the second top must be 0: lambda follows the "
+        "passes alone, no gradient goes through it");
   }
   for (int i = 0; i < top.size(); ++i) {
     if (std::find(bottom.begin(), bottom.end(), top[i]) != bottom.end()) {
@@ -123,7 +103,7 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   vector<int> weight_shape(2);
   try {
     state_.reset(new State(param.SerializeAsString()));
-    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     weight_shape[0] = sizes.classes;
     weight_shape[1] = sizes.features;
   } catch (const rust::Error& error) {
@@ -175,7 +155,7 @@ void LargeMarginInnerProductLayer<Dtype>::Reshape(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   vector<int> top_shape = bottom[0]->shape();
   try {
-    const lsoftmax::MatrixSizes sizes = state_->Reshape(bottom);
+    const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     top_shape.resize(sizes.axis + 1);
     top_shape[sizes.axis] = sizes.classes;
   } catch (const rust::Error& error) {
@@ -191,11 +171,15 @@ void LargeMarginInnerProductLayer<Dtype>::Reshape(
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  lsoftmax::MarginForward pass = lsoftmax::MarginForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.features = Data(bottom[0]);
+  if (bottom.size() > 1) { pass.labels = Data(bottom[1]); }
+  pass.weights = Data(this->blobs_[0].get());
+  pass.logits = MutableData(top[0]);
+  if (top.size() > 2) { pass.plain = MutableData(top[2]); }
   try {
-    lsoftmax::forward(*state_->rust, CpuBlas(), Data(bottom[0]),
-        bottom.size() > 1 ? Data(bottom[1]) : rust::Slice<const Dtype>(),
-        Data(this->blobs_[0].get()), MutableData(top[0]),
-        top.size() > 2 ? MutableData(top[2]) : rust::Slice<Dtype>());
+    lsoftmax::forward(*state_->rust, lsoftmax::CpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -224,13 +208,18 @@ void LargeMarginInnerProductLayer<Dtype>::Backward_cpu(
     const vector<Blob<Dtype>*>& bottom) {
   CheckPropagateDown(propagate_down);
   Blob<Dtype>* weight = this->blobs_[0].get();
+  lsoftmax::MarginBackward pass = lsoftmax::MarginBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.logits_diff = MutableDiff(top[0]);
+  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = Diff(top[2]); }
+  pass.features = Data(bottom[0]);
+  pass.weights = Data(weight);
+  if (propagate_down[0]) { pass.features_diff = MutableDiff(bottom[0]); }
+  if (this->param_propagate_down_[0]) {
+    pass.weights_diff = MutableDiff(weight);
+  }
   try {
-    lsoftmax::backward(*state_->rust, CpuBlas(),
-        Diff(top[0]), Data(bottom[0]),
-        Data(weight),
-        propagate_down[0] ? MutableDiff(bottom[0]) : rust::Slice<Dtype>(),
-        this->param_propagate_down_[0] ? MutableDiff(weight)
-            : rust::Slice<Dtype>());
+    lsoftmax::backward(*state_->rust, lsoftmax::CpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -242,11 +231,16 @@ STUB_GPU(LargeMarginInnerProductLayer);
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Forward_gpu(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  lsoftmax::DeviceMarginForward pass = lsoftmax::DeviceMarginForward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.features = GpuData(bottom[0]);
+  if (bottom.size() > 1) { pass.labels = GpuData(bottom[1]); }
+  pass.weights = GpuData(this->blobs_[0].get());
+  pass.logits = MutableGpuData(top[0]);
+  if (top.size() > 2) { pass.plain = MutableGpuData(top[2]); }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::forward_gpu(*state_->rust, GpuBlas(), GpuData(bottom[0]),
-        bottom.size() > 1 ? GpuData(bottom[1]) : NULL,
-        GpuData(this->blobs_[0].get()), MutableGpuData(top[0]),
-        top.size() > 2 ? MutableGpuData(top[2]) : NULL, state_->GpuScratch());
+    lsoftmax::forward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -259,13 +253,19 @@ void LargeMarginInnerProductLayer<Dtype>::Backward_gpu(
     const vector<Blob<Dtype>*>& bottom) {
   CheckPropagateDown(propagate_down);
   Blob<Dtype>* weight = this->blobs_[0].get();
+  lsoftmax::DeviceMarginBackward pass = lsoftmax::DeviceMarginBackward();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.logits_diff = MutableGpuDiff(top[0]);
+  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = GpuDiff(top[2]); }
+  pass.features = GpuData(bottom[0]);
+  pass.weights = GpuData(weight);
+  if (propagate_down[0]) { pass.features_diff = MutableGpuDiff(bottom[0]); }
+  if (this->param_propagate_down_[0]) {
+    pass.weights_diff = MutableGpuDiff(weight);
+  }
+  pass.scratch = state_->scratch.gpu_data();
   try {
-    lsoftmax::backward_gpu(*state_->rust, GpuBlas(),
-        GpuDiff(top[0]), bottom.size() > 1, GpuData(bottom[0]),
-        GpuData(weight),
-        propagate_down[0] ? MutableGpuDiff(bottom[0]) : NULL,
-        this->param_propagate_down_[0] ? MutableGpuDiff(weight) : NULL,
-        state_->GpuScratch());
+    lsoftmax::backward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }

@@ -12,15 +12,11 @@
 // sample are columns of a matrix and a warp reads 32 neighbouring columns
 // (Columns); a channel then has S columns to join.
 
-// Threads of a block, and the layout of a block that reduces columns;
-// src/batch_norm/gpu.rs launches as many.
-#define THREADS 256
-#define WARP 32
+// THREADS, WARP, LOAD and the sizes of structs come from src/cuda/layout.rs.
+
+// Of a block that reduces columns.
 #define ROWS (THREADS / WARP)
 #define FULL_MASK 0xffffffffu
-// Bytes of the widest load, and what a thread has of each blob in a pass over
-// all values; src/batch_norm/gpu.rs has the same.
-#define LOAD 16
 // Values that a thread reads at once, so that its loads overlap, and reduces in
 // registers, in Dtype, before double comes in: few GPUs are fast in double.
 #define GROUP 16
@@ -32,6 +28,7 @@ struct Shape {
   int positions;  // S
   int parts;      // of a block's values
 };
+static_assert(sizeof(Shape) == SHAPE, "src/cuda/layout.rs");
 
 // Mean and sum of squared distances from it, of count values; or, in a
 // backward pass, sum of g in mean and sum of g x_hat in m2.
@@ -40,6 +37,7 @@ struct Partial {
   double mean;
   double m2;
 };
+static_assert(sizeof(Partial) == PARTIAL, "src/cuda/layout.rs");
 
 // What a pass over the values needs of a channel. The mean is in two parts:
 // x - high - low keeps the digits of x where the mean has more of them than
@@ -52,6 +50,8 @@ struct Channel {
   Dtype mean_g;
   Dtype mean_g_x_hat;
 };
+static_assert(sizeof(Channel<double>) == CHANNEL * sizeof(double),
+    "src/cuda/layout.rs");
 
 // ---- Values ----
 
@@ -397,10 +397,12 @@ static __device__ int JoinParts(const Shape& shape, int width,
 template <typename Dtype>
 static __device__ void FinishMoments(const Shape& shape, int width,
     double momentum, double eps, const Partial* partials, Dtype* moving_mean,
-    Dtype* moving_inv_std, Channel<Dtype>* channels) {
+    Dtype* moving_inv_std, Channel<Dtype>* channels,
+    volatile unsigned long long* constant_channel) {
   Partial all;
   const int c = JoinParts<JoinMoments>(shape, width, partials, &all);
   if (c < 0) { return; }
+  if (all.m2 == 0) { *constant_channel = c; }
   const double inv_std = 1 / sqrt(all.m2 / all.count + eps);
   const Dtype high = static_cast<Dtype>(all.mean);
   channels[c].high = high;
@@ -563,9 +565,10 @@ static __device__ void PassDown(const Shape& shape,
   } \
   extern "C" __global__ void bn_finish_moments_##suffix(Shape shape, \
       int width, double momentum, double eps, const Partial* partials, \
-      Dtype* moving_mean, Dtype* moving_inv_std, Channel<Dtype>* channels) { \
+      Dtype* moving_mean, Dtype* moving_inv_std, Channel<Dtype>* channels, \
+      unsigned long long* constant_channel) { \
     FinishMoments<Dtype>(shape, width, momentum, eps, partials, moving_mean, \
-        moving_inv_std, channels); \
+        moving_inv_std, channels, constant_channel); \
   } \
   extern "C" __global__ void bn_finish_gradients_##suffix(Shape shape, \
       int width, const Partial* partials, Dtype* slope_diff, \

@@ -1,0 +1,129 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # for those who source it
+# What all scripts share. Sourced first, it answers --help with the comment at
+# the script's top, or with that of the Python program that helper names, before
+# anything is done.
+set -euo pipefail
+unset CDPATH
+
+project=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+# The system's python has the packages that apt installs; another python3 may
+# come first on the PATH.
+python=/usr/bin/python3
+me=${0##*/}
+
+say() { printf '%s: %s\n' "$me" "$*"; }
+
+died=
+die() {  # MESSAGE [LINE...]
+  # shellcheck disable=SC2034  # for a script's EXIT trap
+  died=1
+  printf '%s: error: %s\n' "$me" "$1" >&2
+  shift
+  if (( $# )); then printf '  %s\n' "$@" >&2; fi
+  exit 1
+}
+
+show_help() {
+  awk 'NR > 1 { if (!/^#/ || /^# shellcheck /) exit; sub(/^# ?/, ""); print }' "$script"
+}
+
+bad_usage() {  # MESSAGE
+  show_help >&2
+  (die "$1") || exit 2
+}
+
+script=$0
+for argument; do
+  [[ $argument == -h || $argument == --help ]] || continue
+  if [[ ! ${helper:-} ]]; then show_help; exit; fi
+  "$python" "$project/$helper" --help
+  exit
+done
+
+# ---- Disks and locks ----
+
+# A full disk is behind errors that look like others.
+disk_full='No space left on device|Disk quota exceeded'
+die_of_full_disk() {  # WHERE
+  die "cannot write to $1: its disk is full, or that of ${TMPDIR:-/tmp}" \
+      "Make room and run this again; it goes on where it stopped."
+}
+
+rel() { printf '%s' "$1"; }  # as a message shows a path
+
+# make_dir DIR: makes DIR if it is not there, and says why it takes no file.
+make_dir() {
+  local said
+  said=$({ mkdir -p -- "$1" && printf '%4096s' '' > "$1/.probe"; } 2>&1) || {
+    rm -f -- "$1/.probe" 2> /dev/null || true
+    [[ ! $said =~ $disk_full ]] || die_of_full_disk "$(rel "$1")"
+    die "cannot write to $(rel "$1"): ${said##*: }"
+  }
+  rm -f -- "$1/.probe"
+}
+
+# one_at_a_time FILE [WHERE]: from here to its end no other script holds the
+# lock FILE, whose folder is made if it is not there.
+one_at_a_time() {
+  [[ -k ${1%/*} ]] || make_dir "${1%/*}"
+  { exec 9>> "$1"; } 2> /dev/null || die "cannot write $1"
+  if ! flock -n 9; then
+    say "waiting for another script that works in $(rel "${2:-${1%/*}}")"
+    flock 9
+  fi
+}
+
+# ---- Packages ----
+
+is_debian() {
+  command -v dpkg-query > /dev/null && command -v apt-get > /dev/null
+}
+
+as_root=()
+if (( EUID )); then as_root=(sudo); fi
+can_install() {
+  (( ! EUID )) || { command -v sudo > /dev/null &&
+                    { sudo -n true 2> /dev/null || [[ -t 0 ]]; }; }
+}
+
+updated=
+update_lists() {
+  # A third-party source that does not answer must not stop the others.
+  if [[ ! $updated ]]; then
+    "${as_root[@]}" apt-get -qq -o DPkg::Lock::Timeout=600 update ||
+      say "apt-get update had errors; going on with the lists that are there"
+  fi
+  updated=1
+}
+
+# need_packages PURPOSE PACKAGE...: installs Debian packages, or says which.
+need_packages() {
+  local purpose=$1 log
+  shift
+  command -v apt-get > /dev/null ||
+    die "$purpose needs what Debian calls $*: install it and run this again"
+  can_install ||
+    die "packages are missing for $purpose, and only root can install them." \
+        "Ask for" "apt-get install --no-install-recommends $*"
+  say "installing for $purpose: $*"
+  log=$(mktemp)
+  update_lists > "$log" 2>&1
+  # A run that was killed in here has left dpkg at half its work.
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive dpkg --configure -a \
+    >> "$log" 2>&1 || true
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+      -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+      install --fix-broken --no-install-recommends "$@" >> "$log" 2>&1 || {
+    tail -n 20 "$log" >&2
+    rm -f -- "$log"
+    die "apt-get could not install $* (its last words stand above)"
+  }
+  rm -f -- "$log"
+}
+
+# ---- Versions ----
+
+at_least() {  # VERSION MINIMUM
+  [[ $(printf '%s\n' "$1" "$2" | sort -V | head -n 1) == "$2" ]]
+}

@@ -1,0 +1,135 @@
+#!/usr/bin/python3
+"""Classifies images with an exported net in OpenCV, without Caffe.
+
+    myexamples/classify.py FOLDER IMAGE...
+
+FOLDER is one of export_deploy.py's; the net's transform is taken from the
+comments in its deploy.prototxt. An IMAGE is a file of a picture, or an image
+of a file in MNIST's format, counted from 0: t10k-images-idx3-ubyte:7. For
+each a line names the class and its probability, and the label where MNIST's
+labels lie beside the images.
+"""
+import argparse
+import os
+import re
+import struct
+import sys
+
+import numpy as np
+
+from caffe_proto import UserError
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    return parser.parse_args()
+
+
+def read_transform(prototxt):
+    """What the comments at the head of a deploy.prototxt say: arguments for
+    blobFromImage, whether the images are gray, and the crop or None."""
+    try:
+        with open(prototxt) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("cannot read %s: %s" % (prototxt, error))
+    said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", text))
+    try:
+        transform = {
+            "scalefactor": float(said["scalefactor"]),
+            "size": tuple(int(side) for side in said["size"].split(",")),
+            "mean": tuple(float(mean) for mean in said["mean"].split(",")),
+            "swapRB": {"true": True, "false": False}[said["swapRB"]]}
+        gray = said["channels"].startswith("gray")
+        crop = re.search(r"(\d+) x", said["crop"]) if "crop" in said else None
+    except (KeyError, ValueError):
+        raise UserError("%s does not say how its input is made: was it made "
+                        "by export_deploy.py from a net with images?"
+                        % prototxt)
+    return transform, gray, int(crop[1]) if crop else None
+
+
+def read_idx(path, magic, header):
+    """A file in MNIST's format: its sizes, its numbers."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    if len(data) < header or struct.unpack(">i", data[:4])[0] != magic:
+        raise UserError("%s is not in MNIST's format" % path)
+    sizes = struct.unpack(">%di" % (header // 4 - 1), data[4:header])
+    if len(data) != header + np.prod(sizes, dtype=np.int64):
+        raise UserError("%s is cut short" % path)
+    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
+
+
+def read_image(cv2, name, gray):
+    """(image, label or None) of an IMAGE of the command line."""
+    path, _, number = name.rpartition(":")
+    if path and number.isdigit() and not os.path.exists(name):
+        images = read_idx(path, 2051, 16)
+        number = int(number)
+        if number >= len(images):
+            raise UserError("%s has %d images" % (path, len(images)))
+        image, label = images[number], None
+        labels = path.replace("images-idx3", "labels-idx1")
+        if labels != path and os.path.exists(labels):
+            label = int(read_idx(labels, 2049, 8)[number])
+        return image if gray else cv2.cvtColor(
+            image, cv2.COLOR_GRAY2BGR), label
+    image = cv2.imread(name, cv2.IMREAD_GRAYSCALE if gray
+                       else cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError("cannot read the image %s" % name)
+    return image, None
+
+
+def middle(image, crop, name):
+    """The middle of an image, as Caffe crops when it tests."""
+    height, width = image.shape[:2]
+    if min(height, width) < crop:
+        raise UserError("%s has %d x %d pixels; the net crops %d x %d"
+                        % (name, height, width, crop, crop))
+    top, left = (height - crop) // 2, (width - crop) // 2
+    return image[top:top + crop, left:left + crop]
+
+
+def run(args):
+    try:
+        import cv2
+    except ImportError:
+        raise UserError("OpenCV's Python module is missing: apt-get install "
+                        "python3-opencv")
+    prototxt = os.path.join(args.folder, "deploy.prototxt")
+    transform, gray, crop = read_transform(prototxt)
+    try:
+        net = cv2.dnn.readNetFromCaffe(
+            prototxt, os.path.join(args.folder, "deploy.caffemodel"))
+    except cv2.error as error:
+        raise UserError("OpenCV cannot read %s: %s" % (
+            args.folder, str(error).strip().splitlines()[0]))
+    for name in args.images:
+        image, label = read_image(cv2, name, gray)
+        if crop:
+            image = middle(image, crop, name)
+        net.setInput(cv2.dnn.blobFromImage(image, **transform))
+        scores = net.forward().ravel()
+        print("OpenCV %s on %s: class %d (probability %.3f)%s" % (
+            cv2.__version__, os.path.basename(name), scores.argmax(),
+            scores.max(), "" if label is None else ", label %d" % label))
+
+
+def main():
+    try:
+        run(parse_args())
+    except UserError as error:
+        sys.exit("error: %s" % error)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ for test images of the digits 0 to 4. Prints the equal error rate (EER) and the
 true accept rate (TAR) at false accept rates (FAR) of 1 % and 0.1 %, mean and
 standard deviation over the seeds, as Markdown tables, and draws the ROC
 curves. Stopped and run again, it goes on with the runs that are missing.
+train_verification.sh gets what it needs.
 """
 import argparse
 import os

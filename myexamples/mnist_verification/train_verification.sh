@@ -7,7 +7,7 @@
 
 here=$ROOT/myexamples/mnist_verification
 data=$ROOT/myexamples/mnist/data
-convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
+convert=$(example mnist/convert_mnist_data)
 new=$here/data.new
 
 make_lmdb() {  # DB PREFIX

@@ -11,7 +11,9 @@ import tempfile
 
 import numpy as np
 
+import caffe_model
 import caffe_proto
+import deploy_net
 import snapshots
 from caffe_proto import ROOT, UserError
 
@@ -49,7 +51,7 @@ def cut(pb, net, blobs, path):
 
     A margin layer gives the plain inner product there: it loses its label.
     """
-    layers = []
+    layers = deploy_net.legacy_inputs(pb, net)
     for layer in net.layer:
         if not caffe_proto.in_phase(pb, net, layer, pb.TEST):
             continue
@@ -58,7 +60,7 @@ def cut(pb, net, blobs, path):
             layers[-1].ClearField(field)
         if layer.type == "LargeMarginInnerProduct" and len(layer.bottom) > 1:
             del layers[-1].bottom[1:], layers[-1].top[1:]
-    made = list(net.input) + [top for layer in layers for top in layer.top]
+    made = [top for layer in layers for top in layer.top]
     for blob in blobs:
         if blob not in made:
             raise UserError("%s has no blob \"%s\" in the TEST phase; it has "
@@ -76,60 +78,42 @@ def cut(pb, net, blobs, path):
         result.ClearField(field)
     result.state.phase = pb.TEST
     result.layer.extend(reversed(kept))
-    for i, name in enumerate(net.input):
-        if name in needed:
-            layer = pb.LayerParameter(name=name, type="Input", top=[name])
-            shape = (net.input_shape[i].dim if net.input_shape
-                     else net.input_dim[4 * i:4 * i + 4])
-            layer.input_param.shape.add().dim.extend(shape)
-            result.layer.insert(0, layer)
     return result
 
 
-def load_net(pb, caffe, net, model):
-    """A caffe.Net of the NetParameter net with the weights of a .caffemodel.
+def load_net(caffe, net, weights):
+    """A caffe.Net of the NetParameter net with the weights of a model.
 
-    Caffe itself leaves a layer that the model does not have as it was
-    initialised, without a word.
+    weights are those that caffe_model reads from it. Caffe itself leaves a
+    layer that the model does not have as it was initialised, without a word.
     """
     from google.protobuf import text_format
-    saved = None
-    if not model.endswith(".h5"):
-        saved = snapshots.read(pb.NetParameter(), model)
-        saved = {layer.name: [_count(blob) for blob in layer.blobs]
-                 for layer in list(saved.layer) + list(saved.layers)}
-        if not saved:
-            raise UserError("%s is cut short or no model" % model)
-    elif not os.path.exists(model):
-        raise UserError("%s cannot be read: no such file" % model)
+    model = weights.path
     with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
         file.write(text_format.MessageToString(net))
         file.flush()
         made = caffe.Net(file.name, caffe.TEST)
     for name, blobs in made.params.items():
-        if saved is None:
-            continue
-        if not saved.get(name):
+        if name not in weights:
             raise UserError("%s has no weights for layer \"%s\"; it has "
-                            "weights for %s" % (model, name, ", ".join(
-                                name for name in saved if saved[name])
-                                or "none"))
+                            "weights for %s" % (model, name,
+                                                ", ".join(weights) or "none"))
+        # A blob that another layer owns is left out of HDF5 models.
         want = [blob.count for blob in blobs]
-        if saved[name] != want:
+        have = [count if array is None else array.size
+                for array, count in zip(weights[name], want)]
+        if have != want or len(weights[name]) > len(want):
+            have = [array.size for array in weights[name]
+                    if array is not None]
             raise UserError("layer \"%s\": the net has weights of %s numbers, "
                             "%s of %s" % (name, _list(want), model,
-                                          _list(saved[name])))
+                                          _list(have)))
     made.copy_from(model)
     return made
 
 
 def _list(numbers):
     return " and ".join("%d" % number for number in numbers)
-
-
-def _count(blob):
-    """How many numbers a BlobProto holds."""
-    return len(blob.data) or len(blob.double_data)
 
 
 def _only_source(net, path, blob):
@@ -139,7 +123,7 @@ def _only_source(net, path, blob):
     if missing:
         raise UserError("%s has no layer in the TEST phase that makes the "
                         "blob \"%s\"" % (path, sorted(missing)[0]))
-    sources = [layer for layer in net.layer if not layer.bottom]
+    sources = [layer for layer in net.layer if deploy_net.is_source(layer)]
     inputs = sorted({top for layer in sources for top in layer.top} & used)
     if len(sources) != 1 or len(inputs) != 1:
         raise UserError("the blob \"%s\" of %s does not come from images "
@@ -270,10 +254,11 @@ class Extractor:
     """Takes the features of images from a blob of a trained net."""
 
     def __init__(self, pb, caffe, net_path, model, blob, batch=64):
-        self.pb, self.caffe, self.model = pb, caffe, model
+        self.pb, self.caffe = pb, caffe
         self.path, self.blob, self.batch = net_path, blob, batch
         self.param = cut(pb, read_net(pb, net_path), [blob], net_path)
         self.source, self.input = _only_source(self.param, net_path, blob)
+        self.weights = caffe_model.read(pb, model)
         self.preprocessing = Preprocessing.of_layer(pb, self.source)
         if self.preprocessing.channels is None:
             self.preprocessing.channels = self._channels()
@@ -281,18 +266,11 @@ class Extractor:
 
     def _channels(self):
         """What the first convolution of the model takes, or None."""
-        convolution = [layer for layer in self.param.layer
-                       if layer.type == "Convolution"
-                       and self.input in layer.bottom]
-        if not convolution or self.model.endswith(".h5"):
-            return None
-        saved = snapshots.read(self.pb.NetParameter(), self.model)
-        for layer in list(saved.layer) + list(saved.layers):
-            if layer.name == convolution[0].name and layer.blobs:
-                blob = layer.blobs[0]
-                channels = blob.shape.dim[1] if blob.shape.dim \
-                    else blob.channels
-                return channels * convolution[0].convolution_param.group
+        for layer in self.param.layer:
+            if (layer.type == "Convolution" and self.input in layer.bottom
+                    and layer.name in self.weights):
+                shape = self.weights[layer.name][0].shape
+                return shape[1] * layer.convolution_param.group
         return None
 
     def _build(self, shape):
@@ -301,10 +279,11 @@ class Extractor:
                                        top=[self.input])
         layer.input_param.shape.add().dim.extend((self.batch,) + shape)
         net = copy.deepcopy(self.param)
-        rest = [other for other in net.layer if other.bottom]
+        rest = [other for other in net.layer
+                if not deploy_net.is_source(other)]
         net.ClearField("layer")
         net.layer.extend([layer] + rest)
-        self.net = load_net(self.pb, self.caffe, net, self.model)
+        self.net = load_net(self.caffe, net, self.weights)
         made = self.net.blobs[self.blob].data
         if made.ndim < 2 or made.shape[0] != self.batch:
             raise UserError("the blob \"%s\" of %s has the shape %s for %d "

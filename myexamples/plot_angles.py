@@ -21,10 +21,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+import caffe_model  # noqa: E402
 import caffe_proto  # noqa: E402
 import features  # noqa: E402
 import runs  # noqa: E402
-import snapshots  # noqa: E402
 from caffe_proto import ROOT, UserError  # noqa: E402
 
 BATCHES = 100
@@ -161,10 +161,9 @@ def sample(net, blobs, iterations, progress):
 
 def describe(pb, model, layer):
     """(m as text, lambda at the end or None) of what the model was."""
-    if model.endswith(".h5"):
+    if caffe_model.is_hdf5(model):  # which has no parameters
         return os.path.basename(model), None
-    saved = snapshots.read(pb.NetParameter(), model)
-    for candidate in saved.layer:
+    for candidate in caffe_model.read_net(pb, model).layer:
         if candidate.name != layer:
             continue
         if candidate.type != "LargeMarginInnerProduct":
@@ -222,7 +221,8 @@ def run(args):
     progress = runs.Progress()
     panels = []
     for shown, model in zip(args.models, models):
-        trained = features.load_net(pb, caffe, cut, model)
+        trained = features.load_net(caffe, cut,
+                                    caffe_model.read(pb, model))
         weights = trained.params[layer.name][0].data
         rows, labels = sample(trained, blobs, iterations, progress)
         rows = rows.reshape(len(labels.ravel()), -1)

@@ -11,7 +11,8 @@ It fails where Caffe would, with a reason.
 
 A bias is where most models do not fit: the margin layer has none. With
 -o OUT a model without it is written, also with the class weights transposed
-where the InnerProduct was { transpose: true }.
+where the InnerProduct was { transpose: true } (in HDF5, which does not say
+that, where their shape shows it).
 """
 import argparse
 import os

@@ -78,6 +78,8 @@ def parse_args():
                         default=FARS, help="default: 0.01 0.001")
     parser.add_argument("--batch", metavar="N", type=int, default=64,
                         help="images at once (default: 64)")
+    parser.add_argument("--gpu", metavar="ID", type=int,
+                        help="run the net on this GPU (default: on the CPU)")
     parser.add_argument("-o", "--output", metavar="PNG", help="default: the "
                         "name of PAIRS with _roc.png, in this folder")
     args = parser.parse_args()
@@ -333,8 +335,12 @@ def run(args):
         raise UserError("no such image: %s (%d of %d are missing; --root and "
                         "--extension say where they are)"
                         % (missing[0], len(missing), len(pairs.paths)))
-    extractor = features.Extractor(pb, features.load_pycaffe(), args.net,
-                                   args.model, args.blob, args.batch)
+    caffe = features.load_pycaffe()
+    if args.gpu is not None:
+        caffe.set_device(args.gpu)
+        caffe.set_mode_gpu()
+    extractor = features.Extractor(pb, caffe, args.net, args.model, args.blob,
+                                   args.batch)
     set_options(pb, args, extractor.preprocessing)
     print("%d images: %s" % (len(pairs.paths),
                              extractor.preprocessing.describe()), flush=True)

@@ -11,6 +11,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Once;
 
 const PROGRAMS: [&str; 2] = ["large_margin_test", "batch_norm_test"];
 
@@ -26,10 +27,31 @@ fn folder() -> PathBuf {
     Path::new(env!("OUT_DIR")).join("emulated")
 }
 
-/// Where cargo left the library and the bridge's header: target/PROFILE.
-fn profile() -> PathBuf {
+/// Cargo's target folder.
+fn target() -> PathBuf {
     let test = env::current_exe().unwrap();
-    test.parent().unwrap().parent().unwrap().to_path_buf()
+    test.ancestors().nth(3).unwrap().to_path_buf()
+}
+
+/// The library for C++, which cargo leaves where tests do not look.
+fn library() -> PathBuf {
+    static BUILT: Once = Once::new();
+    BUILT.call_once(|| {
+        let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
+            .args([
+                "build",
+                "--locked",
+                "--features",
+                "emulated",
+                "--target-dir",
+            ])
+            .arg(target())
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+    });
+    target().join("debug/liblsoftmax.a")
 }
 
 fn text(output: &Output) -> String {
@@ -43,7 +65,7 @@ fn text(output: &Output) -> String {
 fn build(program: &str, sanitizer: &str, flags: &[&str]) -> PathBuf {
     let to = folder().join(format!("{program}_{sanitizer}"));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let target = profile().parent().unwrap().to_path_buf();
+    let library = library();
     let output = Command::new(env!("LSOFTMAX_CXX"))
         .args(["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer"])
         .args(["-Wall", "-Wextra", "-Werror"])
@@ -51,11 +73,11 @@ fn build(program: &str, sanitizer: &str, flags: &[&str]) -> PathBuf {
         .arg("-I")
         .arg(root.join("include"))
         .arg("-I")
-        .arg(target.join("cxxbridge"))
+        .arg(Path::new(env!("OUT_DIR")).join("cxxbridge/include"))
         .arg("-o")
         .arg(&to)
         .arg(root.join("tests/cuda").join(program).with_extension("cpp"))
-        .arg(profile().join("liblsoftmax.a"))
+        .arg(library)
         .args(["-ldl", "-pthread"])
         .output()
         .unwrap();

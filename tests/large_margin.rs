@@ -46,7 +46,9 @@ fn param(n: usize, m: u32, lambda: f32) -> LargeMarginInnerProductParameter {
 
 fn layer(param: &LargeMarginInnerProductParameter, m: usize, k: usize) -> LargeMarginInnerProduct {
     let mut layer = LargeMarginInnerProduct::new(param).unwrap();
-    layer.reshape(&[m as i32, k as i32], Some(m)).unwrap();
+    layer
+        .reshape(&[m as i32, k as i32], Some(&[m as i32]))
+        .unwrap();
     layer
 }
 
@@ -523,9 +525,9 @@ fn empty_batches_and_empty_features_are_no_error() {
 #[test]
 fn the_batch_may_change_but_not_the_features() {
     let mut layer = layer(&param(3, 4, 1.0), 4, 6);
-    let sizes = layer.reshape(&[2, 3, 2], Some(2)).unwrap();
+    let sizes = layer.reshape(&[2, 3, 2], Some(&[2])).unwrap();
     assert_eq!((sizes.samples, sizes.features, sizes.axis), (2, 6, 1));
-    let message = layer.reshape(&[2, 5], Some(2)).unwrap_err().to_string();
+    let message = layer.reshape(&[2, 5], Some(&[2])).unwrap_err().to_string();
     assert!(
         message.contains("K = 5") && message.contains("K = 6"),
         "{message}"
@@ -534,7 +536,7 @@ fn the_batch_may_change_but_not_the_features() {
 
 #[test]
 fn axis_splits_samples_from_features() {
-    let sizes = |axis, labels| {
+    let sizes = |axis, labels: Option<&[i32]>| {
         let param = LargeMarginInnerProductParameter {
             axis: Some(axis),
             ..param(3, 2, 0.0)
@@ -545,9 +547,9 @@ fn axis_splits_samples_from_features() {
             .map(|s| (s.samples, s.features, s.axis))
             .map_err(|e| e.to_string())
     };
-    assert_eq!(sizes(1, Some(2)), Ok((2, 60, 1)));
-    assert_eq!(sizes(2, Some(6)), Ok((6, 20, 2)));
-    assert_eq!(sizes(-1, Some(24)), Ok((24, 5, 3)));
+    assert_eq!(sizes(1, Some(&[2])), Ok((2, 60, 1)));
+    assert_eq!(sizes(2, Some(&[6])), Ok((6, 20, 2)));
+    assert_eq!(sizes(-1, Some(&[24])), Ok((24, 5, 3)));
     assert_eq!(sizes(0, None), Ok((1, 120, 0)));
     for bad in [4, -5, i32::MIN, i32::MAX] {
         assert!(
@@ -556,11 +558,14 @@ fn axis_splits_samples_from_features() {
                 .starts_with(&format!("axis: {bad} "))
         );
     }
-    assert!(
-        sizes(2, Some(2))
-            .unwrap_err()
-            .starts_with("2 labels for 6 samples")
-    );
+    assert_eq!(sizes(2, Some(&[2, 3])), Ok((6, 20, 2)));
+    assert_eq!(sizes(0, Some(&[])), Ok((1, 120, 0)));
+    for (shape, number) in [(&[2][..], 2), (&[6, 2], 12), (&[], 1)] {
+        let message = sizes(2, Some(shape)).unwrap_err();
+        let words = format!("{number} labels of shape {shape:?} for 6 samples");
+        assert!(message.starts_with(&words), "{message}");
+        assert!(message.contains("[2, 3, 4, 5]") && message.contains("Slice"));
+    }
 }
 
 #[test]
@@ -687,7 +692,7 @@ proptest! {
     fn any_bytes_make_a_layer_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
         let layer = lsoftmax::param::decode(&bytes).and_then(|p| LargeMarginInnerProduct::new(&p));
         if let Ok(mut layer) = layer {
-            let _ = layer.reshape(&[2, 3], Some(2));
+            let _ = layer.reshape(&[2, 3], Some(&[2]));
             prop_assert!(layer.lambda().is_finite());
         }
     }
@@ -716,11 +721,11 @@ fn a_backward_pass_needs_a_forward_pass_of_its_shape() {
     forward(&mut layer, &p.x, Some(&p.labels), &p.w, &mut [0.0; 12]).unwrap();
     assert_eq!(backward(&layer, 4), Ok(()));
     // Caffe reshapes before each forward pass, mostly to the same shape.
-    layer.reshape(&[4, 5], Some(4)).unwrap();
+    layer.reshape(&[4, 5], Some(&[4])).unwrap();
     assert_eq!(backward(&layer, 4), Ok(()));
-    layer.reshape(&[2, 5], Some(2)).unwrap();
+    layer.reshape(&[2, 5], Some(&[2])).unwrap();
     refused(&layer, 2);
-    layer.reshape(&[4, 5], Some(4)).unwrap();
+    layer.reshape(&[4, 5], Some(&[4])).unwrap();
     refused(&layer, 4);
     forward(&mut layer, &p.x, Some(&p.labels), &p.w, &mut [0.0; 12]).unwrap();
     // A pass that failed leaves nothing to build on.
@@ -1057,7 +1062,7 @@ proptest! {
         }
 
         let mut layer = create().unwrap();
-        let Ok(sizes) = layer.reshape(&[4, 3], Some(4)) else {
+        let Ok(sizes) = layer.reshape(&[4, 3], Some(&[4])) else {
             return Ok(());
         };
         // Memory is what num_output asks for.

@@ -15,7 +15,7 @@ inline CBLAS_TRANSPOSE Transpose(bool transpose) {
 class CpuBlas : public Blas {
  public:
   virtual void gemm(const MatrixProduct& p) const {
-    if (p.dtype == ElementType::F32) { Gemm<float>(p); } else { Gemm<double>(p); }
+    p.dtype == ElementType::F32 ? Gemm<float>(p) : Gemm<double>(p);
   }
 
  private:
@@ -34,7 +34,7 @@ class CpuBlas : public Blas {
 class GpuBlas : public Blas {
  public:
   virtual void gemm(const MatrixProduct& p) const {
-    if (p.dtype == ElementType::F32) { Gemm<float>(p); } else { Gemm<double>(p); }
+    p.dtype == ElementType::F32 ? Gemm<float>(p) : Gemm<double>(p);
   }
 
  private:

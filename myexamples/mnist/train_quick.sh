@@ -43,6 +43,17 @@ else
   is_whole "$model" ||
     die "the net could not be written: make room and run this again"
 fi
+# The same net for programs without the plugin.
+deploy=$(rel "$out/deploy")
+[ "$deploy/deploy.caffemodel" -nt "$model" ] ||
+  "$PYTHON" "$ROOT/myexamples/export_deploy.py" --force -o "$deploy" \
+    "$(rel "$here/quick_train_test.prototxt")" "$model" | tail -n 1 ||
+  say "the net could not be exported (its error is above)"
+images=$(rel "$here/data/t10k-images-idx3-ubyte")
+if [ "$deploy/deploy.caffemodel" -nt "$model" ] && [ -e "$images" ] &&
+    "$PYTHON" -c 'import cv2' 2>/dev/null; then
+  "$PYTHON" "$ROOT/myexamples/classify.py" "$deploy" "$images:0" || true
+fi
 
 say "testing $(rel "$model")"
 accuracy=$(model_accuracy "$solver" "$model" "$out/test.log")

@@ -182,7 +182,11 @@ def run_all(args):
     panels = []
     for run in first:
         print("drawing m = %d" % run.margin, flush=True)
-        panels.append((run.margin, *features_of(caffe, pb, run)))
+        training, test = features_of(caffe, pb, run)
+        # As in the table. The model may differ in the last digit: before
+        # Caffe's last test, a forward pass moves BN's statistics once more.
+        test.accuracy = run.accuracy()
+        panels.append((run.margin, training, test))
     figure = draw(panels, args.title or "2-D features of %s" % images, paper)
     png = os.path.join(output, "features.png")
     save(figure, png)

@@ -10,6 +10,11 @@ data=$ROOT/myexamples/mnist/data
 convert=$(example mnist/convert_mnist_data)
 new=$here/data.new
 
+case " $* " in
+  *' -h '* | *' --help '*)
+    exec "$PYTHON" "$here/mnist_verification.py" --help ;;
+esac
+
 make_lmdb() {  # DB PREFIX
   local log
   if [ -e "$1" ]; then

@@ -20,14 +20,12 @@ use crate::large_margin::LargeMarginInnerProduct;
 #[allow(missing_docs, clippy::module_inception)] // the structs say it, for C++
 mod bridge {
     /// Caffe's Dtype.
-    #[derive(Debug)]
     enum ElementType {
         F32,
         F64,
     }
 
     /// `c = op(a) op(b) + beta c`, row-major: op(a) is (m, k), op(b) (k, n).
-    #[derive(Debug)]
     struct MatrixProduct {
         dtype: ElementType,
         transpose_a: bool,
@@ -42,7 +40,6 @@ mod bridge {
     }
 
     /// What a margin layer's bottoms make of it.
-    #[derive(Debug)]
     struct MarginSizes {
         /// N and K: the shape of the class weights.
         classes: i32,
@@ -54,7 +51,6 @@ mod bridge {
     }
 
     /// A forward pass of the margin layer; large_margin::cpu::Forward.
-    #[derive(Debug)]
     struct MarginForward<'a> {
         dtype: ElementType,
         features: &'a [u8],
@@ -65,7 +61,6 @@ mod bridge {
     }
 
     /// A backward pass of the margin layer; large_margin::cpu::Backward.
-    #[derive(Debug)]
     struct MarginBackward<'a> {
         dtype: ElementType,
         logits_diff: &'a mut [u8],
@@ -77,7 +72,6 @@ mod bridge {
     }
 
     /// What a BN layer's bottom makes of it.
-    #[derive(Debug)]
     struct BnSizes {
         channels: i32,
         /// As for MarginSizes.
@@ -86,7 +80,6 @@ mod bridge {
 
     /// A forward pass of BN; batch_norm::cpu::Forward. In place, bottom is
     /// empty. Either the moving statistics are there or those to update.
-    #[derive(Debug)]
     struct BnForward<'a> {
         dtype: ElementType,
         bottom: &'a [u8],
@@ -102,7 +95,6 @@ mod bridge {
 
     /// A backward pass of BN; batch_norm::cpu::Backward. In place, and where
     /// the bottom's gradient is wanted, top_diff is empty.
-    #[derive(Debug)]
     struct BnBackward<'a> {
         dtype: ElementType,
         top_diff: &'a [u8],
@@ -115,7 +107,6 @@ mod bridge {
 
     /// large_margin::gpu::Forward.
     #[cfg(feature = "cuda")]
-    #[derive(Debug)]
     struct DeviceMarginForward {
         dtype: ElementType,
         features: *const u8,
@@ -128,7 +119,6 @@ mod bridge {
 
     /// large_margin::gpu::Backward.
     #[cfg(feature = "cuda")]
-    #[derive(Debug)]
     struct DeviceMarginBackward {
         dtype: ElementType,
         logits_diff: *mut u8,
@@ -142,7 +132,6 @@ mod bridge {
 
     /// batch_norm::gpu::Forward; in place, bottom is top.
     #[cfg(feature = "cuda")]
-    #[derive(Debug)]
     struct DeviceBnForward {
         dtype: ElementType,
         bottom: *const u8,
@@ -159,7 +148,6 @@ mod bridge {
 
     /// batch_norm::gpu::Backward.
     #[cfg(feature = "cuda")]
-    #[derive(Debug)]
     struct DeviceBnBackward {
         dtype: ElementType,
         top_diff: *const u8,
@@ -190,13 +178,16 @@ mod bridge {
 
         /// A layer from its serialized LargeMarginInnerProductParameter.
         fn new_large_margin(param: &[u8]) -> Result<Box<LargeMarginInnerProduct>>;
-        /// Takes the bottoms' shapes; `labels` < 0: there is no label bottom.
+        /// Takes the bottoms' shapes; the labels' counts where there are any.
         #[cxx_name = "reshape"]
         fn margin_reshape(
             layer: &mut LargeMarginInnerProduct,
             features: &[i32],
-            labels: i32,
+            has_labels: bool,
+            labels: &[i32],
         ) -> Result<MarginSizes>;
+        /// The margin m, whichever parameter gives it.
+        fn margin(self: &LargeMarginInnerProduct) -> u32;
         /// The forward passes behind the layer, all that ever were.
         fn passes(self: &LargeMarginInnerProduct) -> i64;
         /// lambda of the last forward pass; before the first, of the next.

@@ -52,7 +52,9 @@ macro_rules! with_dtype {
 /// The typed pass `$to`, from the pointers of the same names in `$from`.
 #[cfg(feature = "cuda")]
 macro_rules! device_pass {
-    ($to:path, $from:ident, $($field:ident),*) => { $to { $($field: $from.$field.cast()),* } };
+    ($($to:ident)::+, $from:ident, $($field:ident),*) => {
+        $($to)::+ { $($field: $from.$field.cast()),* }
+    };
 }
 
 /// Runs `f`; a panic becomes an error.
@@ -132,10 +134,11 @@ fn new_large_margin(bytes: &[u8]) -> Result<Box<LargeMarginInnerProduct>> {
 fn margin_reshape(
     layer: &mut LargeMarginInnerProduct,
     features: &[i32],
-    labels: i32,
+    has_labels: bool,
+    labels: &[i32],
 ) -> Result<ffi::MarginSizes> {
     guard(|| {
-        let sizes = layer.reshape(features, usize::try_from(labels).ok())?;
+        let sizes = layer.reshape(features, has_labels.then_some(labels))?;
         Ok(ffi::MarginSizes {
             classes: int(sizes.classes)?,
             features: int(sizes.features)?,
@@ -151,11 +154,9 @@ fn margin_forward(
     pass: ffi::MarginForward<'_>,
 ) -> Result<()> {
     with_dtype!(pass.dtype, T => layer.forward::<T>(&HostBlas(blas), large_margin::cpu::Forward {
-        features: values(pass.features)?,
-        labels: given(pass.labels)?,
+        features: values(pass.features)?, labels: given(pass.labels)?,
         weights: values(pass.weights)?,
-        logits: values_mut(pass.logits)?,
-        plain: given_mut(pass.plain)?,
+        logits: values_mut(pass.logits)?, plain: given_mut(pass.plain)?,
     }))
 }
 
@@ -165,10 +166,8 @@ fn margin_backward(
     pass: ffi::MarginBackward<'_>,
 ) -> Result<()> {
     with_dtype!(pass.dtype, T => layer.backward::<T>(&HostBlas(blas), large_margin::cpu::Backward {
-        logits_diff: values_mut(pass.logits_diff)?,
-        plain_diff: given(pass.plain_diff)?,
-        features: values(pass.features)?,
-        weights: values(pass.weights)?,
+        logits_diff: values_mut(pass.logits_diff)?, plain_diff: given(pass.plain_diff)?,
+        features: values(pass.features)?, weights: values(pass.weights)?,
         features_diff: given_mut(pass.features_diff)?,
         weights_diff: given_mut(pass.weights_diff)?,
     }))
@@ -230,32 +229,22 @@ fn constant_channel(layer: &BatchNorm) -> i32 {
 
 fn bn_forward(layer: &mut BatchNorm, pass: ffi::BnForward<'_>) -> Result<()> {
     with_dtype!(pass.dtype, T => layer.forward::<T>(batch_norm::cpu::Forward {
-        bottom: given(pass.bottom)?,
-        slope: values(pass.slope)?,
-        bias: values(pass.bias)?,
+        bottom: given(pass.bottom)?, slope: values(pass.slope)?, bias: values(pass.bias)?,
         moving: match given_mut(pass.update_mean)? {
-            Some(mean) => Moving::Update {
-                mean,
-                inv_std: values_mut(pass.update_inv_std)?,
-            },
+            Some(mean) => Moving::Update { mean, inv_std: values_mut(pass.update_inv_std)? },
             None => Moving::Read {
-                mean: values(pass.moving_mean)?,
-                inv_std: values(pass.moving_inv_std)?,
+                mean: values(pass.moving_mean)?, inv_std: values(pass.moving_inv_std)?,
             },
         },
-        top: values_mut(pass.top)?,
-        x_hat: given_mut(pass.x_hat)?,
+        top: values_mut(pass.top)?, x_hat: given_mut(pass.x_hat)?,
     }))
 }
 
 fn bn_backward(layer: &mut BatchNorm, pass: ffi::BnBackward<'_>) -> Result<()> {
     with_dtype!(pass.dtype, T => layer.backward::<T>(batch_norm::cpu::Backward {
-        top_diff: given(pass.top_diff)?,
-        x: values(pass.x)?,
-        slope: values(pass.slope)?,
+        top_diff: given(pass.top_diff)?, x: values(pass.x)?, slope: values(pass.slope)?,
         bottom_diff: given_mut(pass.bottom_diff)?,
-        slope_diff: given_mut(pass.slope_diff)?,
-        bias_diff: given_mut(pass.bias_diff)?,
+        slope_diff: given_mut(pass.slope_diff)?, bias_diff: given_mut(pass.bias_diff)?,
     }))
 }
 

@@ -1,6 +1,7 @@
 //! News of kernels.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{CudaContext, result, sys};
 
@@ -19,6 +20,8 @@ pub struct Mailbox {
 // SAFETY: the word belongs to the one Mailbox and is freed with it; CUDA's
 // calls on it may come from any thread.
 unsafe impl Send for Mailbox {}
+// SAFETY: a shared Mailbox only loads the word, atomically.
+unsafe impl Sync for Mailbox {}
 
 impl Mailbox {
     /// What an empty mailbox holds.
@@ -35,7 +38,7 @@ impl Mailbox {
             .map_err(|e| failed("allocate host memory", e))?
             .cast::<u64>();
         // SAFETY: fresh memory of that size, aligned to a page.
-        unsafe { word.write_volatile(Self::EMPTY) };
+        unsafe { word.write(Self::EMPTY) };
         Ok(Mailbox { word, context })
     }
 
@@ -47,9 +50,9 @@ impl Mailbox {
 
     /// What a kernel that has run so far left here.
     pub fn read(&self) -> Option<u64> {
-        // SAFETY: the word lives as long as self; a device may write it at any
-        // time, hence volatile; 8 aligned bytes are written at once.
-        let word = unsafe { self.word.read_volatile() };
+        // SAFETY: the word lives as long as self and is aligned; a device may
+        // write it at any time, all 8 bytes at once.
+        let word = unsafe { AtomicU64::from_ptr(self.word) }.load(Ordering::Relaxed);
         (word != Self::EMPTY).then_some(word)
     }
 

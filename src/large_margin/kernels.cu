@@ -122,7 +122,8 @@ struct Factor {
   }
 };
 
-// Finds the class of each sample, as class_of in mod.rs does, and puts the margin on its target logit.
+// Finds the class of each sample, as class_of in mod.rs does, and puts the
+// margin on its target logit.
 //
 // bad_label, in host memory that the device can write, gets the number of a
 // sample with a label that is no class in its upper half and the label, as
@@ -240,7 +241,8 @@ static __device__ void Fold(int num_samples, int num_classes,
     if (i >= here) { continue; }
     const int sample = first + i;
     const int y = classes[sample];
-    tile[i] = Key(static_cast<unsigned>(y)) << 32 | static_cast<unsigned>(sample);
+    tile[i] = Key(static_cast<unsigned>(y)) << 32
+        | static_cast<unsigned>(sample);
     if (y == NO_TARGET) { continue; }
     Dtype* const entry = diff + static_cast<size_t>(sample) * num_classes + y;
     entries[sample] = *entry;
@@ -248,7 +250,9 @@ static __device__ void Fold(int num_samples, int num_classes,
   }
   if (!keys) { return; }
   SortTile(tile, count);
-  for (int i = threadIdx.x; i < here; i += THREADS) { keys[first + i] = tile[i]; }
+  for (int i = threadIdx.x; i < here; i += THREADS) {
+    keys[first + i] = tile[i];
+  }
 }
 
 // Merges neighbouring sorted runs of `from`, each `run` long but for the last:

@@ -110,13 +110,13 @@ impl LargeMarginInnerProduct {
     }
 
     /// Takes the shapes of the bottoms and returns the sizes they give.
-    /// `labels` is the number of labels, None where there is no label bottom.
+    /// `labels` is the labels' shape, None where there is no label bottom.
     ///
     /// # Errors
     /// `axis` outside the features' shape, an M or K beyond what an int holds,
     /// a K other than at the first call (the class weights have it), a number
     /// of labels other than M.
-    pub fn reshape(&mut self, features: &[i32], labels: Option<usize>) -> Result<Sizes> {
+    pub fn reshape(&mut self, features: &[i32], labels: Option<&[i32]>) -> Result<Sizes> {
         let axes = features.len();
         let axis = match self.axis {
             a if a >= 0 && (a as usize) < axes => a as usize,
@@ -153,12 +153,18 @@ impl LargeMarginInnerProduct {
                 sizes.features, before.features
             )));
         }
-        if let Some(labels) = labels.filter(|&l| l != sizes.samples) {
-            return Err(Error::new(format!(
-                "{labels} labels for {} samples: features of shape {features:?} hold one \
-                 sample for each position before axis {axis}",
-                sizes.samples
-            )));
+        if let Some(labels) = labels {
+            let number: i64 = labels.iter().map(|&d| i64::from(d)).product();
+            if usize::try_from(number) != Ok(sizes.samples) {
+                return Err(Error::new(format!(
+                    "{number} labels of shape {labels:?} for {} samples: features of shape \
+                     {features:?} hold one sample for each position before axis {axis}. \
+                     Several labels a sample are cut by a Slice layer, for a layer like this \
+                     one each; where every position has its label, axis begins the features \
+                     behind the positions",
+                    sizes.samples
+                )));
+            }
         }
         if self.sizes != Some(sizes) {
             self.last = Last::None;
@@ -175,6 +181,11 @@ impl LargeMarginInnerProduct {
             return sizes.samples * gpu::Scratch::BYTES;
         }
         0
+    }
+
+    /// The margin m.
+    pub fn margin(&self) -> u32 {
+        self.margin.m()
     }
 
     /// The forward passes behind this layer, those that its parameter named at

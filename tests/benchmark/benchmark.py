@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Times the layers beside Caffe's own, with `caffe time`.
 
-Usage: benchmark.py CAFFE_TOOL
+With --old, a folder with another build's libcaffe.so, the layers are timed
+beside those of that build instead, in processes of their own, in turns.
 
 A ratio of two timings is only fair when both saw the same machine. So both
 layers stand in one net, on the same input, and `caffe time` runs them in turns
@@ -10,6 +11,7 @@ times, with the one or the other layer first; each round gives one ratio, and
 the table has the median and the range of the ratios.
 """
 
+import argparse
 import os
 import re
 import statistics
@@ -113,6 +115,10 @@ CASES = [
      margin_net(128, 512, 1000), 1.05, None),
     ("LargeMarginInnerProduct / InnerProduct, (256, 512, 10572)",
      margin_net(256, 512, 10572), 1.03, None),
+    ("LargeMarginInnerProduct / InnerProduct, (128, 512, 85742)",
+     margin_net(128, 512, 85742), 1.01, None),
+    ("LargeMarginInnerProduct / InnerProduct, a dense head (65536, 64, 21)",
+     margin_net(65536, 64, 21), None, None),
     ("BN / (BatchNorm + Scale), (128, 64, 28, 28)",
      batch_norm_net(128, 64, 28, 28), 0.33, None),
     ("BN / (BatchNorm + Scale), (128, 512)",
@@ -120,14 +126,18 @@ CASES = [
 ]
 
 
-def time_net(caffe, folder, parts, iterations):
-    """Milliseconds of forward and backward, of ours and of theirs."""
+def time_net(caffe, folder, parts, iterations, libraries=None):
+    """Milliseconds of forward and backward, of ours and of theirs; with the
+    libcaffe.so of the folder `libraries`."""
     path = os.path.join(folder, "net.prototxt")
     with open(path, "w") as net:
         net.write("force_backward: true" + "".join(parts))
+    env = dict(os.environ, GLOG_logtostderr="1", GLOG_minloglevel="0")
+    if libraries:
+        env["LD_LIBRARY_PATH"] = libraries
     done = subprocess.run(
         [caffe, "time", "--model=" + path, "--iterations=%d" % iterations],
-        env=dict(os.environ, GLOG_logtostderr="1", GLOG_minloglevel="0"),
+        env=env,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     times = re.findall(
         r"\] +(ours|theirs)2?\t(?:forward|backward): (\S+) ms\.",
@@ -140,14 +150,22 @@ def time_net(caffe, folder, parts, iterations):
     return [sum(times) for times in found]
 
 
-def measure(caffe, folder, data, ours, theirs):
-    """[(milliseconds of ours, of theirs)], one pair a round."""
-    both = sum(time_net(caffe, folder, (data, ours, theirs), 3))
+def measure(args, folder, data, ours, theirs):
+    """[(milliseconds of ours, of theirs)], one pair a round; with --old, of
+    ours in both builds."""
+    both = sum(time_net(args.caffe, folder, (data, ours, theirs), 3))
     iterations = int(min(1000, max(3, ROUND_MS / both)))
     pairs = []
-    for number in range(ROUNDS):
+    for number in range(args.rounds):
         layers = (theirs, ours) if number % 2 else (ours, theirs)
-        pairs.append(time_net(caffe, folder, (data, *layers), iterations))
+        parts = (data, *layers)
+        if args.old:
+            turns = (args.old, None) if number % 2 else (None, args.old)
+            took = {turn: time_net(args.caffe, folder, parts, iterations,
+                                   turn)[0] for turn in turns}
+            pairs.append((took[None], took[args.old]))
+        else:
+            pairs.append(time_net(args.caffe, folder, parts, iterations))
         print(".", end="", file=sys.stderr, flush=True)
     return pairs
 
@@ -158,21 +176,32 @@ def spread(values, form):
                            max(values)))
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("caffe", help="the caffe tool")
+    parser.add_argument("--old", metavar="FOLDER",
+                        help="of another build's libcaffe.so")
+    parser.add_argument("--rounds", type=int, default=ROUNDS,
+                        help="default: %(default)s")
+    return parser.parse_args()
+
+
 def main():
-    if len(sys.argv) != 2 or {"-h", "--help"} & set(sys.argv):
-        print(__doc__.strip())
-        sys.exit(len(sys.argv) != 2)
-    caffe = sys.argv[1]
+    args = parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, (title, net, ratio, more) in enumerate(CASES, 1):
             print("[%d/%d] %s " % (number, len(CASES), title), end="",
                   file=sys.stderr, flush=True)
-            pairs = measure(caffe, folder, *net)
+            pairs = measure(args, folder, *net)
             print(file=sys.stderr)
             ours, theirs = zip(*pairs)
             budget = "-"
-            if ratio is not None:
+            if args.old:
+                budget = "ratio <= 1"
+            elif ratio is not None:
                 budget = "ratio <= %g" % ratio
             elif more is not None:
                 budget = "<= %g ms more" % more
@@ -182,8 +211,8 @@ def main():
                          spread([a - b for a, b in pairs], "%+.3f"), budget))
     print("\nForward and backward on %d CPUs, %d rounds: median (min to max). "
           "Load average at the end: %.1f.\n"
-          % (os.cpu_count(), ROUNDS, os.getloadavg()[0]))
-    head = ("layers", "ours, ms", "Caffe's, ms", "ratio", "ms more", "budget")
+          % (os.cpu_count(), args.rounds, os.getloadavg()[0]))
+    head = ("layers", "ours, ms", "old, ms" if args.old else "Caffe's, ms", "ratio", "ms more", "budget")
     for row in (head, ("---",) * len(head), *rows):
         print("| " + " | ".join(row) + " |")
 

@@ -404,6 +404,21 @@ TYPED_TEST(BNLayerTest, TestForwardByMovingValues) {
   }
 }
 
+#ifndef CPU_ONLY
+// What only reads the moving values leaves the host's copy of them valid.
+TYPED_TEST(BNLayerTest, TestMovingValuesStayOnTheHost) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->layer_param_.set_phase(TEST);
+  BNLayer<Dtype> layer(this->layer_param_);
+  layer.SetUp(this->bottom_, this->top_);
+  this->SetMovingValues(layer.blobs());
+  layer.Forward(this->bottom_, this->top_);
+  for (int i = 2; i < 4; ++i) {
+    EXPECT_NE(SyncedMemory::HEAD_AT_GPU, layer.blobs()[i]->data()->head());
+  }
+}
+#endif  // CPU_ONLY
+
 TYPED_TEST(BNLayerTest, TestInPlace) {
   typedef typename TypeParam::Dtype Dtype;
   // The TRAIN phase, the TEST phase, frozen.
@@ -827,6 +842,15 @@ TYPED_TEST(BNLayerDeathTest, TestMomentum) {
     this->layer_param_.mutable_bn_param()->set_momentum(bad[i]);
     EXPECT_DEATH(this->SetUpLayer(), string("BN layer 'norm': ") + words[i]);
   }
+}
+
+TYPED_TEST(BNLayerDeathTest, TestBackwardNeedsForward) {
+  typedef TypeParam Dtype;
+  BNLayer<Dtype> layer(this->layer_param_);
+  layer.SetUp(this->bottom_, this->top_);
+  const vector<bool> down(1, true);
+  EXPECT_DEATH(layer.Backward(this->top_, down, this->bottom_),
+      "BN layer 'norm': backward without a forward pass");
 }
 
 TYPED_TEST(BNLayerDeathTest, TestEps) {

@@ -807,7 +807,116 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestToProto) {
   EXPECT_EQ(lambda, this->lambda_->cpu_data()[0]);
 }
 
-// The angle to a zero vector is undefined: such a sample has no margin.
+// A loss on the third top trains as on an InnerProduct layer.
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestGradientPlainLogits) {
+  for (int margin = 1; margin <= 4; margin += 3) {
+    this->SetMarginAndLambda(margin, 0.5);
+    this->SetTops(3);
+    // The checker goes through all tops.
+    this->CheckGradient(margin);
+  }
+}
+
+// Nobody wrote the gradient of the third top: it takes no memory, and counts
+// for nothing. Then somebody does.
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestPlainLogitsWithoutGradient) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->SetMarginAndLambda(4, 0);
+  this->SetTops(3);
+  shared_ptr<Layer<Dtype> > layer = this->SetUpOnAllSegments(4);
+  Blob<Dtype>* const weights = layer->blobs()[0].get();
+  layer->Forward(this->bottom_, this->top_);
+  this->FillGaussian(this->logits_->count(),
+      this->logits_->mutable_cpu_diff());
+  Blob<Dtype> diff;
+  diff.CopyFrom(*this->logits_, true, true);
+  caffe_set(weights->count(), Dtype(0), weights->mutable_cpu_diff());
+  layer->Backward(this->top_, this->PropagateDown(true), this->bottom_);
+  EXPECT_EQ(SyncedMemory::UNINITIALIZED, this->plain_->diff()->head());
+  this->ExpectSameBits(diff.count(), diff.cpu_diff(),
+      this->logits_->cpu_diff(), "gradient of the logits");
+  Blob<Dtype> dw, dx;
+  dw.CopyFrom(*weights, true, true);
+  dx.CopyFrom(*this->features_, true, true);
+
+  this->FillGaussian(this->plain_->count(), this->plain_->mutable_cpu_diff());
+  Blob<Dtype> top_blob;
+  vector<Blob<Dtype>*> bottom(1, this->features_.get()), top(1, &top_blob);
+  shared_ptr<Layer<Dtype> > inner_product =
+      this->MakeInnerProduct(*weights, bottom, top);
+  inner_product->Forward(bottom, top);
+  top_blob.CopyFrom(*this->plain_, true);
+  Blob<Dtype>* const plain_weights = inner_product->blobs()[0].get();
+  caffe_set(weights->count(), Dtype(0), plain_weights->mutable_cpu_diff());
+  inner_product->Backward(top, vector<bool>(1, true), bottom);
+  vector<double> by_weights(weights->count()), by_features(dx.count());
+  for (int i = 0; i < weights->count(); ++i) {
+    by_weights[i] = static_cast<double>(dw.cpu_diff()[i])
+        + plain_weights->cpu_diff()[i];
+  }
+  for (int i = 0; i < dx.count(); ++i) {
+    by_features[i] = static_cast<double>(dx.cpu_diff()[i])
+        + this->features_->cpu_diff()[i];
+  }
+  caffe_set(weights->count(), Dtype(0), weights->mutable_cpu_diff());
+  layer->Backward(this->top_, this->PropagateDown(true), this->bottom_);
+  const double tolerance = this->Tolerance(2e-4, 1e-9);
+  this->ExpectNear(by_weights, weights->cpu_diff(), tolerance, "by weight");
+  this->ExpectNear(by_features, this->features_->cpu_diff(), tolerance,
+      "by feature");
+}
+
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestLossWeightOfPlainLogits) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->SetTops(3);
+  this->param_.add_loss_weight(0);
+  this->param_.add_loss_weight(0);
+  this->param_.add_loss_weight(0.5);
+  this->FillBottom(this->Shape(6, 5), 6);
+  shared_ptr<Layer<Dtype> > layer = this->SetUpLayer();
+  layer->Forward(this->bottom_, this->top_);
+  Blob<Dtype>* const weights = layer->blobs()[0].get();
+  caffe_set(weights->count(), Dtype(0), weights->mutable_cpu_diff());
+  layer->Backward(this->top_, this->PropagateDown(true), this->bottom_);
+  // Half the sum of all plain logits: each row of W gets half the sum of X.
+  for (int j = 0; j < 5; ++j) {
+    double sum = 0;
+    for (int i = 0; i < 6; ++i) {
+      sum += this->features_->cpu_data()[i * 5 + j];
+    }
+    EXPECT_NEAR(sum / 2, weights->cpu_diff()[j], 1e-5);
+  }
+}
+
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestBackwardNeedsForward) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  this->FillBottom(this->Shape(6, 5), 6);
+  shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
+      this->SetUpLayer();
+  EXPECT_DEATH(layer->Backward(this->top_, this->PropagateDown(true),
+      this->bottom_), "layer 'lm': backward without a forward pass");
+  layer->Forward(this->bottom_, this->top_);
+  this->FillBottom(this->Shape(7, 5), 7);
+  layer->Reshape(this->bottom_, this->top_);
+  EXPECT_DEATH(layer->Backward(this->top_, this->PropagateDown(true),
+      this->bottom_), "layer 'lm': backward without a forward pass");
+}
+
+#ifndef CPU_ONLY
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestModesDoNotMix) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  const Caffe::Brew mode = Caffe::mode();
+  this->FillBottom(this->Shape(6, 5), 6);
+  shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
+      this->SetUpLayer();
+  layer->Forward(this->bottom_, this->top_);
+  Caffe::set_mode(mode == Caffe::CPU ? Caffe::GPU : Caffe::CPU);
+  EXPECT_DEATH(layer->Backward(this->top_, this->PropagateDown(true),
+      this->bottom_), "layer 'lm': backward in .PU mode after a forward pass");
+  Caffe::set_mode(mode);
+}
+#endif  // CPU_ONLY
+
 // A blob that no longer has the layer's shape makes the Rust side panic: a
 // defect, but one that must end as errors of Caffe do.
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
@@ -821,6 +930,7 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
       "LargeMarginInnerProduct layer 'lm': internal error, please report it");
 }
 
+// The angle to a zero vector is undefined: such a sample has no margin.
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestZeros) {
   typedef typename TypeParam::Dtype Dtype;
   this->SetMarginAndLambda(4, 0);

@@ -40,7 +40,6 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(...)
 // The fibers of a block share the variables of their OS thread.
 #define __shared__ static thread_local
 
@@ -75,7 +74,6 @@ struct Fiber {
   bool predicate = false;
   uint64_t value = 0;
   uint64_t result = 0;
-  unsigned votes = 0;
 };
 
 [[noreturn]] inline void Fail(const char* what, const Fiber& fiber) {
@@ -90,7 +88,7 @@ struct Worker {
   std::vector<Fiber> fibers;
   Fiber* self = nullptr;
   const std::function<void()>* kernel = nullptr;
-  dim3 grid{}, threads{}, block{};
+  dim3 threads{}, block{};
   unsigned live = 0, waiting = 0, stride = 1, generation = 0;
   unsigned count = 0;  // of true predicates at the last barrier
   // Addresses that stand for the orders that barriers make.
@@ -163,9 +161,9 @@ struct Worker {
     Acquire(order);
     return count;
   }
-  // The lanes of `mask` meet; self->result and votes are then set.
+  // The lanes of `mask` meet; self->result is then set.
   EMULATOR void Meet(unsigned mask, unsigned source, uint64_t value,
-      bool predicate, Site site) {
+      Site site) {
     Fiber* const lanes = &fibers[self->index / kWarp * kWarp];
     const unsigned lane = self->index % kWarp;
     self->at = At::kWarpFunction;
@@ -173,9 +171,7 @@ struct Worker {
     self->mask = mask;
     self->source = source;
     self->value = value;
-    self->predicate = predicate;
     if (!(mask >> lane & 1)) { Fail("not in the mask of its own call", *self); }
-    unsigned votes = 0;
     for (unsigned i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) { continue; }
       if (self->index - lane + i >= threads.x || lanes[i].at == At::kDone) {
@@ -185,7 +181,6 @@ struct Worker {
       if (lanes[i].line != self->line || lanes[i].mask != mask) {
         Fail("a lane of its mask is at another warp function", *self);
       }
-      votes |= unsigned{lanes[i].predicate} << i;
     }
     for (unsigned i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) { continue; }
@@ -193,7 +188,6 @@ struct Worker {
         Fail("reads a lane outside the mask", lanes[i]);
       }
       lanes[i].result = lanes[lanes[i].source].value;
-      lanes[i].votes = votes;
       lanes[i].at = At::kReady;
     }
   }
@@ -290,7 +284,6 @@ class Pool {
       start_.arrive_and_wait();
       if (!kernel_) { return; }
       worker.kernel = kernel_;
-      worker.grid = grid_;
       worker.threads = block_;
       // Neighbours run on different OS threads, unordered.
       const uint64_t blocks = uint64_t{grid_.x} * grid_.y;
@@ -319,7 +312,6 @@ inline void Launch(dim3 grid, dim3 threads,
 
 EMULATOR inline dim3 ThreadIndex() { return {worker.self->index, 0, 0}; }
 EMULATOR inline dim3 BlockIndex() { return worker.block; }
-EMULATOR inline dim3 GridSize() { return worker.grid; }
 EMULATOR inline unsigned Lane() { return worker.self->index % kWarp; }
 
 template <typename T>
@@ -327,20 +319,14 @@ using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
 template <typename T>
 EMULATOR T Shuffle(unsigned mask, T value, unsigned source, Site site) {
-  worker.Meet(mask, source, std::bit_cast<Bits<T>>(value), false, site);
+  worker.Meet(mask, source, std::bit_cast<Bits<T>>(value), site);
   return std::bit_cast<T>(static_cast<Bits<T>>(worker.self->result));
-}
-
-EMULATOR inline unsigned Vote(unsigned mask, bool predicate, Site site) {
-  worker.Meet(mask, Lane(), 0, predicate, site);
-  return worker.self->votes;
 }
 
 }  // namespace emulate
 
 #define threadIdx (emulate::ThreadIndex())
 #define blockIdx (emulate::BlockIndex())
-#define gridDim (emulate::GridSize())
 
 #define EMULATE_SITE emulate::Site site = emulate::Site::current()
 
@@ -350,20 +336,13 @@ inline void __syncthreads(EMULATE_SITE) {
 inline int __syncthreads_count(int predicate, EMULATE_SITE) {
   return static_cast<int>(emulate::worker.Barrier(predicate != 0, site));
 }
-inline int __syncthreads_or(int predicate, EMULATE_SITE) {
-  return emulate::worker.Barrier(predicate != 0, site) != 0;
-}
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATE_SITE) {
   const unsigned lane = emulate::Lane();
   return emulate::Shuffle(mask, value,
       lane + delta < emulate::kWarp ? lane + delta : lane, site);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATE_SITE) {
-  return emulate::Vote(mask, predicate != 0, site);
-}
 
-inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline unsigned __float_as_uint(float value) {
   return std::bit_cast<unsigned>(value);
 }

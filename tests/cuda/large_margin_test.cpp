@@ -96,7 +96,8 @@ class Layer {
   Outcome<Dtype> Prepare(Wanted wanted) {
     const int32_t shape[] = {p_.samples, p_.features};
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust_,
-        rust::Slice<const int32_t>(shape, 2), wanted.labels ? p_.samples : -1);
+        rust::Slice<const int32_t>(shape, 2), wanted.labels,
+        rust::Slice<const int32_t>(shape, 1));
     // What forward must overwrite holds NaN; what backward adds to, values.
     Outcome<Dtype> out;
     const Dtype old = std::numeric_limits<Dtype>::quiet_NaN();
@@ -258,18 +259,13 @@ void Shapes() {
 // More samples than a block sorts: runs of classes over several tiles.
 template <typename Dtype>
 void ManySamples() {
-  for (const int samples : {1023, 1024, 1025, 3000, 5000}) {
-    Problem<Dtype> p(samples, 2, 7, 3, 1);
-    Run(p, "many samples");
-    for (int i = 0; i < samples; ++i) { p.labels[i] = Dtype(3); }
-    Run(p, "many samples of one class");
-    for (int i = 0; i < samples; ++i) {
-      p.labels[i] = Dtype(i % 5 == 0 ? kIgnoreLabel : (i * 31) % 7);
-    }
-    Run(p, "many samples, some ignored");
+  Run(Problem<Dtype>(1024, 1, 7, 3, 1), "a full tile");
+  Run(Problem<Dtype>(1025, 1, 1000, 3, 1), "many classes");
+  Problem<Dtype> p(2100, 2, 7, 3, 1);
+  for (int i = 0; i < p.samples; ++i) {
+    p.labels[i] = Dtype(i % 5 == 0 ? kIgnoreLabel : i % 3 ? 3 : i * 31 % 7);
   }
-  Problem<Dtype> p(1100, 1, 1000, 2, 1);
-  Run(p, "many classes");
+  Run(p, "many samples, some ignored");
 }
 
 // Every segment of psi, its borders, and both ends.

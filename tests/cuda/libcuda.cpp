@@ -13,7 +13,7 @@
 #include "emulate.hpp"
 #include "standin.hpp"
 
-// What of CUDA's driver API is here, as cuda.h declares it.
+// What of CUDA's driver API is here, by the names that the library exports.
 using CUresult = int;
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;
@@ -133,7 +133,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
   CALL();
   REFUSE_IF(Standin().retained[device]-- <= 0, CUDA_ERROR_INVALID_CONTEXT);
   return CUDA_SUCCESS;
@@ -200,7 +200,7 @@ CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned grid_y,
   return CUDA_SUCCESS;
 }
 
-CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes,
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes,
     CUstream stream) {
   CALL();
   REFUSE_IF(!current, CUDA_ERROR_INVALID_CONTEXT);

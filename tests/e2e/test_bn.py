@@ -121,3 +121,57 @@ def test_a_frozen_trunk_ends_the_backward_pass(data):
     assert "bn1 needs backward computation." in log
 
 
+
+
+def dummy(shape, filler):
+    return """
+layer {
+  name: "x" type: "DummyData" top: "x"
+  dummy_data_param { shape { %s } data_filler { %s } }
+}
+""" % (" ".join("dim: %d" % d for d in shape), filler)
+
+
+def constant_net(shape, filler, param=""):
+    return dummy(shape, filler) + bn(param).replace('"ip1"', '"x"') + """
+layer { name: "loss" type: "Reduction" bottom: "bn1" top: "loss"
+  reduction_param { operation: SUMSQ } }
+"""
+
+
+GAUSSIAN = 'type: "gaussian"'
+
+
+@pytest.mark.parametrize("shape, filler, param, warned", [
+    # One value a channel; values that are all the same.
+    ((1, 3), GAUSSIAN, "", True),
+    ((1, 3, 1, 1), GAUSSIAN, "", True),
+    ((4, 3, 2, 2), "value: 0.1", "", True),
+    ((2, 3), GAUSSIAN, "", False),
+    ((1, 3, 2, 1), GAUSSIAN, "", False),
+    ((1, 3), GAUSSIAN, "frozen: true", False)])
+def test_nothing_to_measure_warns_once(data, shape, filler, param, warned):
+    log = train(data, constant_net(shape, filler, param), test_iter=2,
+                test_interval=5)
+    said = warnings(log)
+    assert len(said) == warned
+    for words in warned * ("channel 0", "variance is 0", "= 316.2",
+                           "larger batches"):
+        assert words in said[0]
+    inv_std = read_weights(data / "snap_iter_20.caffemodel")["bn1", 3]
+    assert (inv_std.min() > 250) == warned
+
+
+def test_the_channel_that_is_constant_is_named(data):
+    """The others are as they should be, and other batches are, too."""
+    import h5py
+    import numpy as np
+    features = np.random.RandomState(0).randn(32, 8).astype("f4")
+    features[16:, 5] = -2.5
+    with h5py.File(data / "data.h5", "a") as file:
+        file["data"][...] = features
+    text = data_layer() + bn().replace('"ip1"', '"data"') + \
+        inner_product().replace('"ip1"', '"bn1"') + LOSS
+    log = train(data, text)
+    said, = warnings(log)
+    assert "channel 5 of a batch" in said

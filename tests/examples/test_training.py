@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,11 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     model = lines[-1].split(": ", 1)[1]
     assert model.endswith("quick_iter_20.caffemodel")
     before = os.stat(model).st_mtime_ns
+    out = "myexamples/mnist/quick_snapshot/deploy/deploy."
+    assert "made %sprototxt and %scaffemodel" % (out, out) in lines
+    assert any(re.fullmatch(
+        r"OpenCV \S+ on t10k-images-idx3-ubyte:0: class \d \(probability "
+        r"[01]\.\d{3}\), label 0", line) for line in lines)
     shown = [line.split()[:3] for line in lines
              if re.match(r" +\d+/20 +\d", line)]
     assert [row[0] for row in shown] == ["0/20", "5/20", "10/20", "15/20",
@@ -79,6 +85,7 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     again = quick(mnist)
     assert again.returncode == 0, again.stdout
     assert "the net is trained already" in again.stdout
+    assert "deploy.prototxt" not in again.stdout
     assert again.stdout.splitlines()[-3:] == lines[-3:]
     assert os.stat(model).st_mtime_ns == before
 
@@ -334,6 +341,15 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
         "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
     assert not (here / "comparison/m2_seed1").exists()
     assert not (here / "validation.new").exists()
+
+    # Parts of different images are not put beside each other.
+    shutil.rmtree(here / "mnist_validation_lmdb")
+    (here / "mnist_fit_lmdb/dataset.txt").write_text("Others\n")
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert "mnist_fit_lmdb is not made from the images of myexamples/mnist/" \
+        "mnist_train_lmdb: move it away" in refused.stdout
+    assert not (here / "mnist_validation_lmdb").exists()
 
 
 def test_2d_features(mnist):

@@ -202,13 +202,13 @@ class Net:
         self.write({"ip": np.eye(count),
                     "lm": np.arange(2 * count).reshape(2, count)})
 
-    def write(self, weights):
-        """Writes the model with these weights by layer."""
+    def write(self, weights, path=None):
+        """Writes a model with these weights by layer."""
         net = self.pb.NetParameter()
         for name, array in weights.items():
             layer = net.layer.add(name=name)
             layer.blobs.add(data=array.ravel()).shape.dim.extend(array.shape)
-        self.model.write_bytes(net.SerializeToString())
+        (path or self.model).write_bytes(net.SerializeToString())
 
     def verify(self, pairs, *args, **options):
         if "--blob" not in args:
@@ -219,6 +219,24 @@ class Net:
             universal_newlines=True, timeout=120, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, cwd=str(self.path.parent),
             env=dict(os.environ, CAFFE_ROOT=CAFFE_ROOT), **options)
+
+    def errors(self, calls, models=None):
+        """How verify.py ends with each of the arguments, and a model each."""
+        models = models or [self.model] * len(calls)
+        found = self.extract(
+            "import verify\n"
+            "result = []\n"
+            "for call in %r:\n"
+            "    sys.argv = ['verify.py', %r, '--blob', 'ip'] + call\n"
+            "    try:\n"
+            "        verify.main()\n"
+            "    except SystemExit as error:\n"
+            "        result.append(str(error))" % (
+                [[str(part) for part in (model, *call)]
+                 for model, call in zip(models, calls)], str(self.path)))
+        assert len(found) == len(calls)
+        assert all(error.startswith("error: ") for error in found)
+        return found
 
     def extract(self, code):
         """The array that code, in a process of its own, calls result."""
@@ -314,6 +332,27 @@ def test_tool_on_a_plain_list_with_options(tmp_path, caffe_root):
     assert "different persons, 1.000" in flipped.stdout
 
 
+def test_hdf5_model(tmp_path, caffe_root):
+    h5py = pytest.importorskip("h5py")
+    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    net.model = tmp_path / "a.caffemodel.h5"
+    with h5py.File(str(net.model), "w") as file:
+        file["data/ip/0"] = np.array([[1, 0], [0, 0]], np.float32)
+    done = net.verify(path)
+    assert done.returncode == 0, done.stdout
+    assert "cosine 1.000; 1 of different persons, 1.000" in done.stdout
+
+
+def test_gpu_of_a_caffe_without(tmp_path, caffe_root):
+    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
+    done = Net(tmp_path, 2).verify(path, "--gpu", 0)
+    if "CPU-only" not in done.stdout:
+        pytest.skip("this Caffe is built with CUDA")
+    assert done.returncode != 0
+    assert "Cannot use GPU in CPU-only Caffe" in done.stdout
+
+
 def test_progress_on_long_lists(tmp_path, caffe_root):
     path = plain_list(tmp_path, *[[[10, 20 + i]] for i in range(5)])
     net = Net(tmp_path, 2)
@@ -347,58 +386,48 @@ MISTAKES = [
 def test_mistakes(tmp_path, caffe_root):
     path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
     net = Net(tmp_path, 2)
-    start = ["verify.py", str(net.path), str(net.model), str(path), "--blob",
-             "ip"]
-    found = net.extract(
-        "import verify\n"
-        "result = []\n"
-        "for args in %r:\n"
-        "    sys.argv = %r + args\n"
-        "    try:\n"
-        "        verify.main()\n"
-        "    except SystemExit as error:\n"
-        "        result.append(str(error))" % (
-            [args for args, _ in MISTAKES], start))
-    assert len(found) == len(MISTAKES)
+    found = net.errors([[path, *args] for args, _ in MISTAKES])
     for error, (_, message) in zip(found, MISTAKES):
-        assert error.startswith("error: ") and message in error
+        assert message in error
     assert not (tmp_path / "list_roc.png").exists()
 
 
 def test_broken_image_is_named(tmp_path, caffe_root):
     noise = np.random.RandomState(1).randint(0, 256, (30, 30))
-    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], noise)
+    plain_list(tmp_path, [[10, 20]], [[10, 20]], noise, [[1, 2, 3]])
     whole = (tmp_path / "2.png").read_bytes()
-    for broken in (whole[:len(whole) // 2], b"no image"):
-        (tmp_path / "2.png").write_bytes(broken)
-        done = Net(tmp_path, 2).verify(path)
-        assert done.returncode == 1
-        assert "error: cannot read the image %s: " % (
-            tmp_path / "2.png") in done.stdout
-    save(tmp_path / "2.png", [[1, 2, 3]])
-    done = Net(tmp_path, 2).verify(path)
-    assert done.returncode == 1
-    assert "2.png is 1 x 1 x 3 (channels x height x width), the images " \
-        "before it 1 x 1 x 2" in done.stdout
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.png").write_text("no image")
+    names = ["cut", "text", "3"]
+    for name in names:
+        (tmp_path / name).write_text("0.png 1.png 1\n0.png %s.png 0\n" % name)
+    found = Net(tmp_path, 2).errors([[tmp_path / name] for name in names])
+    for name, error in zip(names[:2], found):
+        assert "cannot read the image %s/%s.png: " % (tmp_path, name) in error
+    assert "3.png is 1 x 1 x 3 (channels x height x width), the images " \
+        "before it 1 x 1 x 2" in found[2]
 
 
 def test_model_that_does_not_fit(tmp_path, caffe_root):
     path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
     net = Net(tmp_path, 2)
-    for weights, message in (
-            ({"fc": np.eye(2)},
-             'has no weights for layer "ip"; it has weights for fc'),
-            ({"ip": np.eye(3)}, 'layer "ip": the net has weights of 4 '
-             "numbers, "),
-            ({"ip": np.array([[1, np.nan], [0, 1]])},
-             "0.png are not finite (nan)")):
-        net.write(weights)
-        done = net.verify(path)
-        assert done.returncode == 1 and message in done.stdout, done.stdout
-    net.model.write_bytes(net.model.read_bytes()[:-3])
-    assert "a.caffemodel is cut short" in net.verify(path).stdout
-    net.model.unlink()
-    assert "a.caffemodel cannot be read" in net.verify(path).stdout
+    cases = [
+        ({"fc": np.eye(2)},
+         'has no weights for layer "ip"; it has weights for fc'),
+        ({"ip": np.eye(3)},
+         'layer "ip": the net has weights of 4 numbers, '),
+        ({"ip": np.array([[1, np.nan], [0, 1]])},
+         "0.png are not finite (nan)")]
+    models = []
+    for weights, _ in cases:
+        models.append(tmp_path / ("%d.caffemodel" % len(models)))
+        net.write(weights, models[-1])
+    (tmp_path / "cut").write_bytes(net.model.read_bytes()[:-3])
+    models += [tmp_path / "cut", tmp_path / "none"]
+    messages = [message for _, message in cases] + [
+        "cut is cut short", "cannot read %s/none" % tmp_path]
+    for error, message in zip(net.errors([[path]] * 5, models), messages):
+        assert message in error
 
 
 def test_features_of_zeros_are_told(tmp_path, caffe_root):
@@ -428,7 +457,7 @@ def test_images_are_read_as_caffe_reads_them(tmp_path, caffe_root, color):
     both = net.extract(
         "one = extractor()\n"
         "ours = one.features(%r, one.preprocessing.read)\n"
-        "whole = caffe.Net(one.path, caffe.TEST, weights=one.model)\n"
+        "whole = caffe.Net(one.path, caffe.TEST, weights=one.weights.path)\n"
         "whole.forward()\n"
         "result = np.stack([ours, whole.blobs['ip'].data])" % names)
     assert both.shape == (2, 3, count)

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,7 @@ struct BNLayer<Dtype>::State {
   State(const string& param, Phase phase)
       : rust(lsoftmax::new_batch_norm(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()),
-            phase == TRAIN)) {}
+            phase == TRAIN)), warned(false) {}
 
   // Returns the number of channels.
   int Reshape(const Blob<Dtype>* bottom) {
@@ -55,7 +56,22 @@ struct BNLayer<Dtype>::State {
     return sizes.channels;
   }
 
+  // A batch may have nothing to measure: said once, with what it does.
+  void WarnOfConstantChannel(const BNLayer<Dtype>& layer) {
+    const int channel = warned ? -1 : lsoftmax::constant_channel(*rust);
+    if (channel < 0) { return; }
+    warned = true;
+    LOG_IF(WARNING, Caffe::root_solver()) << layer.type() << " layer '"
+        << layer.layer_param().name() << "': all values of channel " << channel
+        << " of a batch are the same. Its variance is 0, and such batches move "
+        << "its moving inverse standard deviation, by which the TEST phase "
+        << "normalizes, towards 1 / sqrt(eps) = "
+        << 1 / std::sqrt(layer.layer_param().bn_param().eps())
+        << ": use larger batches, a larger eps, or frozen: true";
+  }
+
   rust::Box<lsoftmax::BatchNorm> rust;
+  bool warned;
 #ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
@@ -176,6 +192,7 @@ void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
   if (in_place && KeepsXHat()) { pass.x_hat = MutableData(&x_hat_); }
   try {
     lsoftmax::forward(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -237,6 +254,7 @@ void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
   pass.scratch = state_->scratch.gpu_data();
   try {
     lsoftmax::forward_gpu(*state_->rust, pass);
+    state_->WarnOfConstantChannel(*this);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }

@@ -51,10 +51,12 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
 
   lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
-    const vector<int>& shape = bottom[0]->shape();
+    const bool has_labels = bottom.size() > 1;
+    const vector<int>& features = bottom[0]->shape();
+    const vector<int>& labels = bottom[has_labels ? 1 : 0]->shape();
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
-        rust::Slice<const int32_t>(shape.data(), shape.size()),
-        bottom.size() > 1 ? bottom[1]->count() : -1);
+        rust::Slice<const int32_t>(features.data(), features.size()),
+        has_labels, rust::Slice<const int32_t>(labels.data(), labels.size()));
 #ifndef CPU_ONLY
     scratch.Reshape(sizes.device_bytes);
 #endif  // CPU_ONLY
@@ -135,11 +137,8 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::WarnOfMarginInTest(bool labels,
     bool plain_logits) const {
-  const LargeMarginInnerProductParameter& param =
-      this->layer_param_.largemargin_inner_product_param();
-  const bool margin = param.has_margin() ? param.margin() > 1 :
-      param.type() != LargeMarginInnerProductParameter_LargeMarginType_SINGLE;
-  LOG_IF(WARNING, this->phase_ == TEST && margin && labels && !plain_logits
+  const bool judged = this->phase_ == TEST && labels && !plain_logits;
+  LOG_IF(WARNING, judged && state_->rust->margin() > 1
       && Caffe::root_solver()) << type() << " layer '"
       << this->layer_param_.name() << "' of the TEST phase has a margin: "
       << "Accuracy by its first top counts as wrong what a deployed net gets "

@@ -2,18 +2,14 @@
 # Softmax against large margins by verification: trains on the digits 0 to 4,
 # compares pairs of the digits 5 to 9. Builds and gets what is missing, then
 # runs mnist_verification.py, whose options it takes.
+helper=myexamples/mnist_verification/mnist_verification.py
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 here=$ROOT/myexamples/mnist_verification
 data=$ROOT/myexamples/mnist/data
-convert=$CAFFE_ROOT/build/examples/mnist/convert_mnist_data
+convert=$(example mnist/convert_mnist_data)
 new=$here/data.new
-
-case " $* " in
-  *' -h '* | *' --help '*)
-    exec "$PYTHON" "$here/mnist_verification.py" --help ;;
-esac
 
 make_lmdb() {  # DB PREFIX
   local log
@@ -46,5 +42,8 @@ need_plots
 one_at_a_time "$here/runs/.lock"
 make_lmdb "$here/train_lmdb" train
 make_lmdb "$here/test_lmdb" t10k
+# One thread for each net is faster, also when it is judged.
+export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
 say "training on the classes 0 to 4 of $(cat "$data/dataset.txt")"
-"$PYTHON" "$here/mnist_verification.py" "$@"
+"$PYTHON" "$helper" "$@"

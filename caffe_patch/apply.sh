@@ -78,13 +78,15 @@ done
 [[ -d $root_arg ]] || die "$root_arg: no such directory"
 root=$(cd -- "$root_arg" && pwd -P)
 cd -- "$root"
+for file in include/caffe/layers src/caffe/solvers; do
+  [[ ! -e $proto || -d $file ]] ||
+    die "$root: a Caffe older than rc3: it has no $file" \
+        "The oldest version that can be patched is rc3 (January 2016)."
+done
 for file in "${hooked[@]}" src/caffe/layers src/caffe/test; do
   [[ -e $file ]] ||
     die "$root is not a Caffe source tree: it has no $file"
 done
-[[ -d include/caffe/layers ]] ||
-  die "$root: a Caffe older than rc3: it has no include/caffe/layers" \
-      "The oldest version that can be patched is rc3 (January 2016)."
 if grep -q 'class LayerBase' include/caffe/layer.hpp 2> /dev/null; then
   die "$root: a fork whose layers derive from LayerBase (NVIDIA Caffe 0.16+)" \
       "Only forks that keep BVLC Caffe's Layer can be patched."

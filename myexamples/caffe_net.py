@@ -34,10 +34,14 @@ class Caffe:
             self.process = None
 
     def start(self):
-        self.connection, theirs = multiprocessing.Pipe()
-        self.log = tempfile.TemporaryFile()
         root = os.path.abspath(os.environ.get("CAFFE_ROOT")
                                or os.path.join(ROOT, "build", "caffe"))
+        if not os.path.exists(os.path.join(root, "python/caffe/_caffe.so")):
+            raise UserError("no built pycaffe in %s: run cmake/build_caffe.sh, "
+                            "or set CAFFE_ROOT to a Caffe with the plugin"
+                            % root)
+        self.connection, theirs = multiprocessing.Pipe()
+        self.log = tempfile.TemporaryFile()
         path = [os.path.join(root, "python")] + [
             part for part in [os.environ.get("PYTHONPATH")] if part]
         env = dict(os.environ, GLOG_logtostderr="1", GLOG_minloglevel="0",

@@ -85,12 +85,13 @@ def meets(rule, state):
 
 
 def in_state(layer, state):
-    """Whether a net in that state has the layer."""
+    """Whether a net in that state has the layer.
+
+    To Caffe, a layer's own `phase` is no rule: it is what a net was dumped in.
+    """
     if layer.include:
         return any(meets(rule, state) for rule in layer.include)
-    if layer.exclude:
-        return not any(meets(rule, state) for rule in layer.exclude)
-    return not layer.HasField("phase") or layer.phase == state.phase
+    return not any(meets(rule, state) for rule in layer.exclude)
 
 
 def is_source(layer):
@@ -99,7 +100,8 @@ def is_source(layer):
 
 
 def is_loss(node):
-    return node.type in LOSSES or node.type.endswith("Loss")
+    return node.type in LOSSES or node.type.endswith("Loss") or \
+        node.type != MARGIN and any(node.layer.loss_weight)
 
 
 def label_positions(node):
@@ -108,7 +110,7 @@ def label_positions(node):
         return (1,)
     if node.type in LOSSES:
         return LOSSES[node.type][0]
-    if is_loss(node):  # one of another Caffe's
+    if is_loss(node):  # one of another Caffe's, or of the user's
         return (len(node.bottoms) - 1,) if len(node.bottoms) > 1 else ()
     return ()
 

@@ -14,7 +14,6 @@ import sys
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patheffects import withStroke  # noqa: E402
 
 import caffe_proto  # noqa: E402
 from caffe_proto import UserError, lambda_at, learning_rate  # noqa: E402
@@ -125,6 +124,16 @@ def first_below(solver, param, value):
     return low if low < solver.max_iter else None
 
 
+def passes(solver, param):
+    """When the margin has 10, 50 and 90 % of the weight, in words."""
+    words = []
+    for percent in (10, 50, 90):
+        first = first_below(solver, param, 100 / percent - 1)
+        words.append("%d %% %s" % (percent, "never" if first is None
+                                   else "from iteration %d on" % first))
+    return "the margin's weight: " + ", ".join(words)
+
+
 def print_table(solver, param):
     """Prints about 16 iterations, the drops of the learning rate included."""
     step = max(1, round(solver.max_iter / 12))
@@ -138,6 +147,8 @@ def print_table(solver, param):
         print("%10d %12.4g %12.4g %12.4g" % (
             iteration, learning_rate(solver, iteration), value,
             1 / (1 + value)))
+    if caffe_proto.margin(param) > 1:
+        print(passes(solver, param))
 
 
 def suggest(solver, param, final):
@@ -185,12 +196,8 @@ def draw(solver, schedules, title):
         axis.plot(iterations, [lambda_at(param, i, solver.iter_size)
                                for i in iterations],
                   label="lambda of %s" % name)
-    axis.axhline(HALF, color="gray", linewidth=0.8, linestyle=":")
-    axis.annotate("lambda = %g: the margin has half of the weight" % HALF,
-                  (0.01, HALF), xycoords=("axes fraction", "data"),
-                  xytext=(0, 2), textcoords="offset points", color="gray",
-                  fontsize="small", path_effects=[
-                      withStroke(linewidth=3, foreground="white")])
+    axis.axhline(HALF, color="gray", linewidth=0.8, linestyle=":",
+                 label="lambda = %g: half of the weight" % HALF)
     axis.set_yscale("log")
     axis.set_ylabel("lambda")
     axis.set_xlabel("iteration")
@@ -201,7 +208,7 @@ def draw(solver, schedules, title):
     if any(0 < learning_rate(solver, i) < math.inf for i in iterations):
         rate.set_yscale("log")
     rate.set_ylabel("learning rate")
-    lines = axis.get_lines()[:len(schedules)] + rate.get_lines()
+    lines = axis.get_lines() + rate.get_lines()
     axis.legend(lines, [line.get_label() for line in lines])
     axis.set_title(title)
     return figure

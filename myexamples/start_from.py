@@ -11,7 +11,8 @@ It fails where Caffe would, with a reason.
 
 A bias is where most models do not fit: the margin layer has none. With
 -o OUT a model without it is written, also with the class weights transposed
-where the InnerProduct was { transpose: true }.
+where the InnerProduct was { transpose: true } (in HDF5, which does not say
+that, where their shape shows it).
 """
 import argparse
 import os
@@ -208,6 +209,7 @@ def written(pb, shapes, weights, fit, graph):
 def run(caffe, pb, args):
     if args.output:
         caffe_model.check_free([args.output], args.force)
+        caffe_model.check_format(args.output, hdf5=False)
         if os.path.exists(args.output) and \
                 os.path.exists(args.model) and \
                 os.path.samefile(args.output, args.model):

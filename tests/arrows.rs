@@ -70,15 +70,15 @@ fn faults(order: &[&[&str]], module: &str, source: &str, prefix: &str) -> Vec<St
     let Some(own) = rank(order, module) else {
         return vec![format!("{module} has no place in the order of modules")];
     };
-    let up = |used: &String| {
-        used != module && rank(order, used).is_some_and(|used| used <= own)
-    };
+    let up = |used: &String| used != module && rank(order, used).is_some_and(|used| used <= own);
     let uses = named(source, prefix).into_iter().filter(up);
     uses.map(|used| format!("{module} uses {used}")).collect()
 }
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let entries = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
     let mut all: Vec<PathBuf> = entries
         .flat_map(|path| {
             if path.is_dir() {
@@ -126,15 +126,29 @@ fn no_module_uses_one_above_it() {
 fn an_arrow_that_runs_up_is_found() {
     let of = |module, source| faults(CRATE, module, source, "crate::");
     assert_eq!(of("cuda", "use crate::dtype::Dtype;"), [""; 0]);
-    assert_eq!(of("cuda", "use crate::bridge::ffi::Blas;"), ["cuda uses bridge"]);
     assert_eq!(
-        of("simd", "use crate::{dtype::{A, B}, batch_norm::sums,\n  pool};"),
+        of("cuda", "use crate::bridge::ffi::Blas;"),
+        ["cuda uses bridge"]
+    );
+    assert_eq!(
+        of(
+            "simd",
+            "use crate::{dtype::{A, B}, batch_norm::sums,\n  pool};"
+        ),
         ["simd uses batch_norm", "simd uses pool"]
     );
-    assert_eq!(of("batch_norm", "crate::large_margin::row::norm(x)").len(), 1);
+    assert_eq!(
+        of("batch_norm", "crate::large_margin::row::norm(x)").len(),
+        1
+    );
     assert_eq!(of("news", "").len(), 1);
     assert_eq!(
-        faults(BATCH_NORM, "sums", "use super::passes::Normalize;", "super::"),
+        faults(
+            BATCH_NORM,
+            "sums",
+            "use super::passes::Normalize;",
+            "super::"
+        ),
         ["sums uses passes"]
     );
 }

@@ -27,7 +27,7 @@ fn folder() -> PathBuf {
     Path::new(env!("OUT_DIR")).join("emulated")
 }
 
-/// Cargo's target folder, where it leaves the bridge's header.
+/// Cargo's target folder.
 fn target() -> PathBuf {
     let test = env::current_exe().unwrap();
     test.ancestors().nth(3).unwrap().to_path_buf()
@@ -38,7 +38,13 @@ fn library() -> PathBuf {
     static BUILT: Once = Once::new();
     BUILT.call_once(|| {
         let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-            .args(["build", "--locked", "--features", "emulated", "--target-dir"])
+            .args([
+                "build",
+                "--locked",
+                "--features",
+                "emulated",
+                "--target-dir",
+            ])
             .arg(target())
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .output()
@@ -67,7 +73,7 @@ fn build(program: &str, sanitizer: &str, flags: &[&str]) -> PathBuf {
         .arg("-I")
         .arg(root.join("include"))
         .arg("-I")
-        .arg(target().join("cxxbridge"))
+        .arg(Path::new(env!("OUT_DIR")).join("cxxbridge/include"))
         .arg("-o")
         .arg(&to)
         .arg(root.join("tests/cuda").join(program).with_extension("cpp"))

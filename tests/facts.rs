@@ -49,7 +49,11 @@ fn fields_of_struct(name: &str) -> BTreeMap<String, Field> {
         let (_, name) = rest.split_once("pub ").unwrap();
         let (name, _) = name.split_once(':').unwrap();
         let (mut kind, mut number, mut default) = (None, None, None);
-        for part in attribute.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        for part in attribute
+            .split(',')
+            .map(str::trim)
+            .filter(|p| !p.is_empty())
+        {
             match part.split_once(" = ") {
                 None if part == "optional" => {}
                 None => kind = Some(part.to_string()),
@@ -114,8 +118,14 @@ fn parameters_are_those_of_the_patches() {
 #[test]
 fn margins_that_have_a_name_are_those_of_the_patch() {
     let patch = read("caffe_patch/caffe_proto_large_margin.patch");
-    for (number, name) in ["SINGLE", "DOUBLE", "TRIPLE", "QUADRUPLE"].iter().enumerate() {
-        assert!(patch.contains(&format!("+    {name} = {number};")), "{name}");
+    for (number, name) in ["SINGLE", "DOUBLE", "TRIPLE", "QUADRUPLE"]
+        .iter()
+        .enumerate()
+    {
+        assert!(
+            patch.contains(&format!("+    {name} = {number};")),
+            "{name}"
+        );
         let kind = LargeMarginType::try_from(number as i32).unwrap();
         assert_eq!(format!("{kind:?}").to_uppercase(), *name);
     }
@@ -136,7 +146,10 @@ fn psi_is_that_of_the_table() {
     for row in rows {
         let (m, theta, want) = (row[0] as u32, row[1], row[2]);
         let (psi, _) = Margin::new(m).unwrap().at(theta.cos());
-        assert!((psi - want).abs() < 1e-9, "m {m}, theta {theta}: {psi}, not {want}");
+        assert!(
+            (psi - want).abs() < 1e-9,
+            "m {m}, theta {theta}: {psi}, not {want}"
+        );
     }
 }
 
@@ -154,6 +167,9 @@ fn lambda_is_that_of_the_table() {
         };
         let lambda = Schedule::new(&param).unwrap().lambda(row[4] as i64);
         // The parameters are floats, which the table's author has not.
-        assert!((lambda - row[5]).abs() <= 2e-5 * row[5], "{row:?}: {lambda}");
+        assert!(
+            (lambda - row[5]).abs() <= 2e-5 * row[5],
+            "{row:?}: {lambda}"
+        );
     }
 }

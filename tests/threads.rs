@@ -94,6 +94,9 @@ fn run(case: &str, variables: &[(&str, &str)]) -> Vec<u64> {
         .env_remove("RAYON_NUM_THREADS")
         .env_remove("OMP_NUM_THREADS")
         .env(CASE, case)
+        // Where the tests run under ThreadSanitizer: it ends forked children
+        // that start threads.
+        .env("TSAN_OPTIONS", "die_after_fork=0")
         .envs(variables.iter().copied())
         .output()
         .unwrap();

@@ -12,11 +12,18 @@ fit_db=$here/mnist_fit_lmdb
 validation_db=$here/mnist_validation_lmdb
 new=$here/validation.new
 
+# same_images DB: ends the script where DB holds a part of other images than
+# mnist_train_lmdb does.
+same_images() {
+  cmp -s "$1/dataset.txt" "$here/mnist_train_lmdb/dataset.txt" ||
+    die "$(rel "$1") is not made from the images of\
+ $(rel "$here/mnist_train_lmdb"): move it away"
+}
+
 ready() {
   if [ -e "$fit_db" ] && [ -e "$validation_db" ]; then
-    cmp -s "$fit_db/dataset.txt" "$here/mnist_train_lmdb/dataset.txt" ||
-      die "$(rel "$fit_db") is not made from the images of\
- $(rel "$here/mnist_train_lmdb"): move it and $(rel "$validation_db") away"
+    same_images "$fit_db"
+    same_images "$validation_db"
     say "$(rel "$fit_db") and $(rel "$validation_db") are ready"
     exit 0
   fi
@@ -53,11 +60,16 @@ cut_idx() {
 
 make_lmdb() {  # DB FIRST COUNT
   local log
-  [ ! -e "$1" ] || return 0
+  if [ -e "$1" ]; then
+    same_images "$1"
+    return
+  fi
   rm -rf "$new"
-  mkdir "$new"
-  cut_idx "$here/data/train-images-idx3-ubyte" 16 784 "$2" "$3" >"$new/images"
-  cut_idx "$here/data/train-labels-idx1-ubyte" 8 1 "$2" "$3" >"$new/labels"
+  make_dir "$new"
+  { cut_idx "$here/data/train-images-idx3-ubyte" 16 784 "$2" "$3" \
+      >"$new/images" &&
+    cut_idx "$here/data/train-labels-idx1-ubyte" 8 1 "$2" "$3" \
+      >"$new/labels"; } || die "cannot write to $(rel "$new"): is the disk full?"
   log=$(GLOG_logtostderr=1 "$convert" "$new/images" "$new/labels" \
     "$new/lmdb" 2>&1) || {
     make_dir "$here"

@@ -52,7 +52,7 @@ deploy=$(rel "$out/deploy")
 images=$(rel "$here/data/t10k-images-idx3-ubyte")
 if [ "$deploy/deploy.caffemodel" -nt "$model" ] && [ -e "$images" ] &&
     "$PYTHON" -c 'import cv2' 2>/dev/null; then
-  "$PYTHON" "$ROOT/myexamples/classify.py" "$deploy" "$images:0"
+  "$PYTHON" "$ROOT/myexamples/classify.py" "$deploy" "$images:0" || true
 fi
 
 say "testing $(rel "$model")"

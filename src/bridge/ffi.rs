@@ -186,6 +186,8 @@ mod bridge {
             has_labels: bool,
             labels: &[i32],
         ) -> Result<MarginSizes>;
+        /// The margin m, whichever parameter gives it.
+        fn margin(self: &LargeMarginInnerProduct) -> u32;
         /// The forward passes behind the layer, all that ever were.
         fn passes(self: &LargeMarginInnerProduct) -> i64;
         /// lambda of the last forward pass; before the first, of the next.

@@ -183,6 +183,11 @@ impl LargeMarginInnerProduct {
         0
     }
 
+    /// The margin m.
+    pub fn margin(&self) -> u32 {
+        self.margin.m()
+    }
+
     /// The forward passes behind this layer, those that its parameter named at
     /// the start and those of the run it resumes included. A snapshot keeps it
     /// as the parameter `passes`.

@@ -114,7 +114,7 @@ def test_original_pattern_of_train_and_test_layers(data):
 
 
 def test_train_and_test_layers_as_the_readme_has_them(data):
-    blocks = re.findall(r"(?ms)^```\n(.*?)^```$",
+    blocks = re.findall(r"(?ms)^```\w*\n(.*?)^```$",
                         (ROOT / "README.md").read_text())
     pair, = [block for block in blocks if "phase: TRAIN" in block
              and "phase: TEST" in block]

@@ -109,6 +109,8 @@ NOT_FOLDED = {
         bn("b", "cat")],
     "channels are not the outputs": [
         inner("ip1", "data", "num_output: 5 axis: 2"), bn("b", "ip1")],
+    "channels are not the outputs, counted from the end": [
+        inner("ip1", "data", "num_output: 5 axis: -2"), bn("b", "ip1")],
     "another axis": [
         layer("Reshape", "re", "data", None,
               "reshape_param { shape { dim: 0 dim: 2 dim: 2 dim: 9 dim: 9 } "
@@ -287,6 +289,26 @@ def test_phases(bench):
         ("abs", "ELU"), ("ip2", "InnerProduct"), ("prob", "Softmax")]
 
 
+@pytest.mark.parametrize("kind, extra", [
+    ("CenterLoss", ""), ("Python", "loss_weight: 1 python_param { module: "
+                         '"mine" layer: "Loss" }')])
+def test_losses_of_others(bench, kind, extra):
+    """They need not be known to be left out."""
+    layers = [inner("ip1", "data"), inner("ip2", "ip1"), loss("ip2")]
+    bench.make_model("\n".join([image(2, 4, 9, 9), *layers]))
+    bench.write(image(2, 4, 9, 9), *layers,
+                layer(kind, "center", "ip1 label", None, extra))
+    assert types(bench.export())[1:] == [
+        ("ip1", "InnerProduct"), ("ip2", "InnerProduct"), ("prob", "Softmax")]
+
+
+def test_net_that_caffe_has_dumped(bench):
+    """Its layers say in which phase that was, which is no rule."""
+    net = bench.check([inner("ip1", "data", more="phase: TRAIN"),
+                       inner("ip2", "ip1", more="phase: TEST")], "ip2")
+    assert len(net.layer) == 3 and "phase" not in str(net)
+
+
 def test_margin_for_training_inner_product_for_tests(bench):
     net = bench.check([
         inner("ip1", "data"),
@@ -318,10 +340,40 @@ def test_autoencoder(bench):
     assert only_types(net)[1] == "Flatten"
 
 
+@pytest.mark.parametrize("kind, param", [
+    ("SoftmaxWithLoss", "softmax_param { axis: 2 }"),
+    ("SoftmaxWithLoss", "")])
+def test_axis_of_the_softmax(bench, kind, param):
+    text = bench.write(
+        image(2, 4, 3, 1, label=False),
+        'layer { name: "label" type: "Input" top: "label" input_param { '
+        'shape { dim: 24 } } }', conv("c", "data", "num_output: 4 "
+                                      "kernel_size: 1"),
+        layer(kind, "loss", "c label", None, param
+              + " include { phase: TRAIN }"))
+    bench.make_model(text)
+    net = bench.export()
+    assert types(net)[-1] == ("prob", "Softmax")
+    assert net.layer[-1].softmax_param.axis == (2 if param else 1)
+    [prob] = bench.deployed({"data": np.ones((2, 4, 3, 1))}, "prob")
+    np.testing.assert_allclose(prob.sum(2 if param else 1), 1, rtol=1e-5)
+
+
 def test_softmax_that_is_there_is_enough(bench):
     net = bench.check([inner("ip2", "data"), layer("Softmax", "soft", "ip2"),
                        loss("ip2")], "soft")
     assert only_types(net) == ["Input", "InnerProduct", "Softmax"]
+
+
+def test_in_place_beside_the_third_top(bench):
+    """The third top becomes the first, which is needed unchanged then."""
+    net = bench.check([
+        inner("ip1", "data"), margin("ip2", "ip1", "ip2 lambda plain"),
+        layer("ReLU", "r", "ip2", "ip2"),
+        layer("Power", "half", "plain", None, "power_param { scale: -0.5 }"),
+        inner("last", "ip2")], "half last")
+    assert list(net.layer[3].top) == ["ip2_r"]
+    assert list(net.layer[5].bottom) == ["ip2_r"]
 
 
 def test_in_place_on_what_a_loss_saw(bench):

@@ -91,6 +91,8 @@ def test_bias(start, capsys, suffix):
         start.loads(start.model)
     assert re.search(r"'ip2': its bias \(\S+ to \S+\) is dropped: a margin "
                      "layer has none", capsys.readouterr().out)
+    with pytest.raises(UserError, match="without .h5: give it such a name"):
+        start.check("-o", start.folder / "fits.caffemodel.h5")
     out = start.folder / "fits.caffemodel"
     start.check("-o", out)
     start.loads(out)
@@ -284,3 +286,41 @@ def test_command(start):
     start.loads(out)
     done = command("-o", start.model, "--force")
     assert done.stdout.startswith("error: OUT is MODEL")
+
+
+@pytest.mark.parametrize("tool, options", [
+    ("start_from.py", "--softmax --net --solver --shape --output --force"),
+    ("convert_bn.py", "--from --to --net --eps --layer --axes --scale-name "
+     "--force"), ("classify.py", "FOLDER IMAGE")])
+def test_help(tool, options):
+    done = subprocess.run([os.path.join(ROOT, "myexamples", tool), "--help"],
+                          text=True, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    for option in options.split():
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("tool, args", [
+    ("start_from.py", "--softmax %s --net %s"),
+    ("export_deploy.py", "%s %s -o out")])
+def test_no_pycaffe(start, tmp_path, tool, args):
+    """A Caffe that Make has built without it."""
+    start.softmax(*TRUNK, WITHOUT)
+    start.write(*NET)
+    root = tmp_path / "caffe"
+    proto = root / "python/caffe/proto"
+    proto.mkdir(parents=True)
+    with open(os.path.join(CAFFE_ROOT, "python/caffe/proto/caffe_pb2.py")) \
+            as file:
+        (proto / "caffe_pb2.py").write_text(file.read())
+    files = [start.model, start.net]
+    if tool == "export_deploy.py":
+        files.reverse()
+    done = subprocess.run(
+        [os.path.join(ROOT, "myexamples", tool), *(args % tuple(files))
+         .split()], env=dict(os.environ, CAFFE_ROOT=str(root)), cwd=tmp_path,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: no built pycaffe in %s: run cmake/"
+                                  "build_caffe.sh" % root)
+    assert not (tmp_path / "out").exists()

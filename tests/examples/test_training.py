@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,6 +341,15 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
         "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
     assert not (here / "comparison/m2_seed1").exists()
     assert not (here / "validation.new").exists()
+
+    # Parts of different images are not put beside each other.
+    shutil.rmtree(here / "mnist_validation_lmdb")
+    (here / "mnist_fit_lmdb/dataset.txt").write_text("Others\n")
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert "mnist_fit_lmdb is not made from the images of myexamples/mnist/" \
+        "mnist_train_lmdb: move it away" in refused.stdout
+    assert not (here / "mnist_validation_lmdb").exists()
 
 
 def test_2d_features(mnist):

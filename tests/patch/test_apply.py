@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from conftest import PROJECT
 from stand_in import VERSIONS, make_tree, snapshot
 
 MANIFEST = ".lsoftmax-manifest"
@@ -318,8 +319,10 @@ def test_no_such_folder(apply, tmp_path):
     assert "no such directory" in apply(tmp_path / "none", status=1).stdout
 
 
-def test_older_than_rc3(apply, tree):
-    shutil.rmtree(tree / "include/caffe/layers")
+@pytest.mark.parametrize("folder", ["include/caffe/layers",
+                                    "src/caffe/solvers"])
+def test_older_than_rc3(apply, tree, folder):
+    shutil.rmtree(tree / folder)
     assert "older than rc3" in apply(tree, status=1).stdout
 
 
@@ -532,6 +535,39 @@ def test_compat_leaves_alone_what_is_new_already(apply, tree):
     assert not (tree / "python/caffe/io.py").exists()
     apply("--revert", tree)
     assert snapshot(tree) == before
+
+
+def test_compat_names_of_opencv_in_ssd(apply, tree):
+    """OpenCV 4 without the names of old compiles; an older one is as it was."""
+    cases = {"src/caffe/layers/video_data_layer.cpp":
+             ("#include <opencv2/highgui/highgui.hpp>\n", "constants_c.h"),
+             "src/caffe/util/im_transforms.cpp":
+             ("#if CV_VERSION_MAJOR == 3\n", "CV_VERSION_MAJOR >= 3\n"),
+             "include/caffe/util/bbox_util.hpp":
+             ("#include <opencv2/imgproc/imgproc.hpp>\n", "CV_FILLED")}
+    for name, (text, _) in cases.items():
+        (tree / name).write_text("#ifdef USE_OPENCV\n" + text + "#endif\n")
+    before = snapshot(tree)
+    apply(tree)
+    for name, (_, new) in cases.items():
+        text = read(tree, name)
+        assert new in text and text.count("#if") == text.count("#endif")
+    apply("--revert", tree)
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("patch", sorted(
+    path.relative_to(PROJECT).as_posix()
+    for path in (PROJECT / "caffe_patch").rglob("*.patch")))
+def test_patches_are_well_formed(patch):
+    """One that git cannot read would look like one that nothing needs."""
+    done = subprocess.run(
+        ["git", "apply", "--numstat", "--unidiff-zero", PROJECT / patch],
+        cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (PROJECT / patch).read_text().splitlines()
+    assert len(done.stdout.splitlines()) == sum(
+        line.startswith("+++ b/") for line in lines)
 
 
 # ---- --check ----

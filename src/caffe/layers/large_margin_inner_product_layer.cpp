@@ -137,11 +137,8 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::WarnOfMarginInTest(bool labels,
     bool plain_logits) const {
-  const LargeMarginInnerProductParameter& param =
-      this->layer_param_.largemargin_inner_product_param();
-  const bool margin = param.has_margin() ? param.margin() > 1 :
-      param.type() != LargeMarginInnerProductParameter_LargeMarginType_SINGLE;
-  LOG_IF(WARNING, this->phase_ == TEST && margin && labels && !plain_logits
+  const bool judged = this->phase_ == TEST && labels && !plain_logits;
+  LOG_IF(WARNING, judged && state_->rust->margin() > 1
       && Caffe::root_solver()) << type() << " layer '"
       << this->layer_param_.name() << "' of the TEST phase has a margin: "
       << "Accuracy by its first top counts as wrong what a deployed net gets "

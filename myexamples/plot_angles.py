@@ -197,7 +197,7 @@ def draw(panels, title):
         axis.set_title("%s, median gap %.1f degrees" % (
             name, np.median(angles.gap())))
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left")
+        axis.legend(loc="upper center")
     axes[-1, 0].set_xlabel("angle between features and class weights, degrees")
     figure.suptitle(title)
     return figure

@@ -28,7 +28,8 @@ from deploy_net import MARGIN, Graph
 from export_deploy import find_inputs
 
 # lambda to start from: the features are good already, so the margin may begin
-# with an eleventh of the weight.
+# with an eleventh of the weight. A quick net that softmax had trained on MNIST
+# began m = 4 with a loss of 0.03 at 10, 0.1 at 5, 4.5 at 1 and 17 at 0.
 BASE = 10
 # Of the learning rate that a net from scratch begins with.
 RATE = 0.1

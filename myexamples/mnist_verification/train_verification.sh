@@ -2,6 +2,7 @@
 # Softmax against large margins by verification: trains on the digits 0 to 4,
 # compares pairs of the digits 5 to 9. Builds and gets what is missing, then
 # runs mnist_verification.py, whose options it takes.
+helper=myexamples/mnist_verification/mnist_verification.py
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
@@ -47,4 +48,4 @@ one_at_a_time "$here/runs/.lock"
 make_lmdb "$here/train_lmdb" train
 make_lmdb "$here/test_lmdb" t10k
 say "training on the classes 0 to 4 of $(cat "$data/dataset.txt")"
-"$PYTHON" "$here/mnist_verification.py" "$@"
+"$PYTHON" "$helper" "$@"

@@ -169,6 +169,14 @@ def read_hdf5(path):
     return weights
 
 
+def check_format(path, hdf5):
+    """Raises UserError where a name stands for another format: some versions
+    of Caffe go by it."""
+    if path.endswith(".h5") != hdf5:
+        raise UserError("%s is to be a .caffemodel%s: give it such a name"
+                        % (path, ".h5" if hdf5 else ", without .h5"))
+
+
 @contextlib.contextmanager
 def scratch(data):
     """The path of a file with those bytes, for as long as it is used."""

@@ -418,8 +418,9 @@ def run(args):
             os.path.samefile(args.model, args.out):
         raise UserError("OUT is MODEL, %s: write to another file" % args.out)
     weights = caffe_model.read(pb, args.model)
-    net = None
-    if not caffe_model.is_hdf5(args.model):
+    net, hdf5 = None, caffe_model.is_hdf5(args.model)
+    caffe_model.check_format(args.out, hdf5)
+    if not hdf5:
         net = caffe_model.read_net(pb, args.model)
         if not net.layer:
             raise UserError("%s is in the format of before 2015: upgrade it "

@@ -209,6 +209,7 @@ def written(pb, shapes, weights, fit, graph):
 def run(caffe, pb, args):
     if args.output:
         caffe_model.check_free([args.output], args.force)
+        caffe_model.check_format(args.output, hdf5=False)
         if os.path.exists(args.output) and \
                 os.path.exists(args.model) and \
                 os.path.samefile(args.output, args.model):

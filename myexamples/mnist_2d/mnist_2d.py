@@ -5,6 +5,7 @@ The picture on the paper's front page: a column for each m, the training images
 in the upper row and the test images in the lower one, coloured by class, the
 class weights as rays. Several seeds are trained; the picture shows the first,
 and a Markdown table the test accuracy of all, beside the paper's.
+train_2d.sh gets what it needs.
 """
 import argparse
 import io

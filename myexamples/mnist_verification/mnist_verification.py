@@ -1,12 +1,14 @@
 #!/usr/bin/python3
-"""Compares softmax (m = 1) with margins by verification, on unseen classes.
+"""Compares softmax (m = 1) with margins by verification.
 
 Trains the net on the digits 0 to 4 for each m and seed, then takes every pair
-of test images of the digits 5 to 9 and asks by the cosine of their features
-whether both are the same digit. Prints the equal error rate (EER) and the
+of test images of the digits 5 to 9, which it has never seen, and asks by the
+cosine of their features whether both are the same digit. Beside it, the same
+for test images of the digits 0 to 4. Prints the equal error rate (EER) and the
 true accept rate (TAR) at false accept rates (FAR) of 1 % and 0.1 %, mean and
-standard deviation over the seeds, as a Markdown table, and draws the ROC
+standard deviation over the seeds, as Markdown tables, and draws the ROC
 curves. Stopped and run again, it goes on with the runs that are missing.
+train_verification.sh gets what it needs.
 """
 import argparse
 import os
@@ -27,7 +29,8 @@ import split_digits  # noqa: E402
 import verify  # noqa: E402
 
 BLOB = "bn3"
-UNSEEN = (5, 9)
+# Of the pairs: what is said of their digits, and which these are.
+PAIRS = {"never trained on": (5, 9), "trained on": (0, 4)}
 
 
 def parse_args():
@@ -68,16 +71,29 @@ def all_pairs(rows, labels):
 class Judgement:
     """What the pairs say of a trained run; rates are those of the plot."""
 
-    def __init__(self, pb, caffe, run, images, labels, rates):
-        extractor = features.Extractor(
-            pb, caffe, os.path.join(run.path, "net.prototxt"), run.model,
-            BLOB, batch=100)
+    def __init__(self, extractor, images, labels, rates):
         rows = extractor.features(range(len(images)), lambda i: images[i])
         # Of millions of pairs: the whole curve is too large to keep.
         roc = verify.Roc(*all_pairs(rows, labels))
         self.eer = roc.eer()
         self.tars = roc.tar_at(verify.FARS)
         self.curve = roc.tar_at(rates)
+
+
+def judge(pb, caffe, all_runs, pairs, rates):
+    """What is said of the pairs to margins to Judgements, one a seed."""
+    found = {what: {} for what in pairs}
+    progress = runs.Progress()
+    for done, run in enumerate(all_runs):
+        progress.show(lambda: "    %d/%d nets judged" % (done, len(all_runs)))
+        extractor = features.Extractor(
+            pb, caffe, os.path.join(run.path, "net.prototxt"), run.model,
+            BLOB, batch=100)
+        for what, (images, labels) in pairs.items():
+            found[what].setdefault(run.margin, []).append(
+                Judgement(extractor, images, labels, rates))
+    progress.clear()
+    return found
 
 
 def name(margin):
@@ -97,18 +113,19 @@ def print_table(judgements):
     print("| m | EER (%%) | %s | runs: EER |" % " | ".join(
         "TAR at FAR %s (%%)" % verify.percent(far) for far in verify.FARS))
     print("|---|---|%s---|" % ("---|" * len(verify.FARS)))
-    for margin, found in judgements.items():
-        cells = [mean_and_deviation([one.eer for one in found])]
+    for margin, ones in judgements.items():
+        cells = [mean_and_deviation([one.eer for one in ones])]
         cells += [mean_and_deviation(rates)
-                  for rates in zip(*(one.tars for one in found))]
+                  for rates in zip(*(one.tars for one in ones))]
         print("| %d | %s | %s |" % (margin, " | ".join(cells), " ".join(
-            "%.2f" % (100 * one.eer) for one in found)))
+            "%.2f" % (100 * one.eer) for one in ones)))
 
 
 def run_all(args):
     pb = caffe_proto.load()
     verify.load_sklearn("metrics")
-    images, labels = split_digits.read(args.images, *UNSEEN)
+    pairs = {what: split_digits.read(args.images, *digits)
+             for what, digits in PAIRS.items()}
     output = os.path.abspath(args.output)
     all_runs = [runs.Run(pb, args.solver,
                          os.path.join(output, "m%d_seed%d" % (margin, seed)),
@@ -116,29 +133,28 @@ def run_all(args):
                 for seed in range(1, args.seeds + 1)
                 for margin in args.margins]
     runs.train_all(all_runs, args.jobs)
-    print("comparing %d images of the digits %d to %d, each with each"
-          % ((len(images),) + UNSEEN), flush=True)
-    caffe = features.load_pycaffe()
-    judgements = {margin: [] for margin in args.margins}
     rates = verify.false_rates(1e-4)
-    progress = runs.Progress()
-    for done, run in enumerate(all_runs):
-        progress.show(lambda: "    %d/%d nets judged" % (
-            done, len(all_runs)))
-        judgements[run.margin].append(
-            Judgement(pb, caffe, run, images, labels, rates))
-    progress.say("mean ± standard deviation of %d seed%s:" % (
-        args.seeds, "s"[args.seeds == 1:]))
-    print_table(judgements)
-    figure, axis = plt.subplots(figsize=(6, 5), constrained_layout=True)
-    verify.draw_roc(axis, rates, [
-        (name(margin), [one.curve for one in found])
-        for margin, found in judgements.items()])
-    axis.set_title("Classes %d to %d of %s, trained on the others" % (
-        UNSEEN + (all_runs[0].dataset() or "images of your own",)))
+    found = judge(pb, features.load_pycaffe(), all_runs, pairs, rates)
+    figure, axes = plt.subplots(1, len(pairs), figsize=(11, 5),
+                                constrained_layout=True, sharey=True)
+    for axis, (what, judgements) in zip(axes, found.items()):
+        images = len(pairs[what][0])
+        digits = "digits %d to %d, %s" % (PAIRS[what] + (what,))
+        print("\n%s: %d pairs of %d test images, mean%s of %d seed%s\n" % (
+            digits, images * (images - 1) // 2, images,
+            " ± standard deviation" if args.seeds > 1 else "", args.seeds,
+            "s"[args.seeds == 1:]))
+        print_table(judgements)
+        verify.draw_roc(axis, rates, [
+            (name(margin), [one.curve for one in ones])
+            for margin, ones in judgements.items()])
+        axis.set_title("Pairs of the " + digits)
+    figure.suptitle("Verification on %s, mean and range of %d seed%s" % (
+        all_runs[0].dataset() or "images of your own", args.seeds,
+        "s"[args.seeds == 1:]))
     png = os.path.join(output, "roc.png")
     figure.savefig(png, dpi=100)
-    print("plot: %s" % png)
+    print("\nplot: %s" % png)
 
 
 def main():

@@ -11,11 +11,6 @@ data=$ROOT/myexamples/mnist/data
 convert=$(example mnist/convert_mnist_data)
 new=$here/data.new
 
-case " $* " in
-  *' -h '* | *' --help '*)
-    exec "$PYTHON" "$here/mnist_verification.py" --help ;;
-esac
-
 make_lmdb() {  # DB PREFIX
   local log
   if [ -e "$1" ]; then
@@ -47,5 +42,8 @@ need_plots
 one_at_a_time "$here/runs/.lock"
 make_lmdb "$here/train_lmdb" train
 make_lmdb "$here/test_lmdb" t10k
+# One thread for each net is faster, also when it is judged.
+export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
+export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
 say "training on the classes 0 to 4 of $(cat "$data/dataset.txt")"
 "$PYTHON" "$helper" "$@"

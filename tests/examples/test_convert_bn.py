@@ -442,6 +442,16 @@ def test_files_that_are_there(models):
                        model=models.path("none"))
 
 
+def test_name_of_another_format(models):
+    other = {".caffemodel": ".caffemodel.h5", ".caffemodel.h5": ".caffemodel"}
+    first = models.first
+    models.suffix = other[models.suffix]
+    with pytest.raises(UserError, match=r"out\.caffemodel.* is to be a "
+                       r"\.caffemodel.*: give it such a name"):
+        models.convert("variance", "inverse-std", model=first)
+    assert not models.path("out").exists()
+
+
 def command(*args):
     return subprocess.run(
         [os.path.join(ROOT, "myexamples/convert_bn.py"), *map(str, args)],

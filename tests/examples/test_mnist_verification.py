@@ -60,13 +60,13 @@ def test_from_nothing_and_again(tree, caffe_root):
         assert done.returncode == 0, done.stdout
         lines = done.stdout.splitlines()
         assert "==> training on the classes 0 to 4 of MNIST" in lines
-        assert "comparing 50 images of the digits 5 to 9, each with each" \
-            in lines
-        assert "mean ± standard deviation of 2 seeds:" in lines
+        for what in ("5 to 9, never trained on", "0 to 4, trained on"):
+            assert "digits %s: 1225 pairs of 50 test images, mean ± " \
+                "standard deviation of 2 seeds" % what in lines
         rate = r" \| (\S+) ± (\S+)"
         rows = re.findall(r"^\| (\d)%s \| (\S+) (\S+) \|$" % (3 * rate),
                           done.stdout, re.M)
-        assert [row[0] for row in rows] == ["1", "3"]
+        assert [row[0] for row in rows] == ["1", "3", "1", "3"]
         for row in rows:
             rates = np.array(row[1:], float)
             assert rates[0] == pytest.approx(rates[6:].mean(), abs=0.011)
@@ -74,7 +74,7 @@ def test_from_nothing_and_again(tree, caffe_root):
             # Noise is not told apart.
             assert 25 < rates[0] < 75 and rates[4] <= rates[2] < 25
         plot = lines[-1].split(": ", 1)[1]
-        assert Image.open(plot).size == (600, 500)
+        assert Image.open(plot).size == (1100, 500)
         # The nets have never seen the other digits.
         db = tree.path("mnist_verification/train_lmdb")
         assert (db / "dataset.txt").read_text() == "MNIST\n"
@@ -86,7 +86,7 @@ def test_from_nothing_and_again(tree, caffe_root):
         again = tree.run(script, *args, env=env)
         assert "train_lmdb is ready" in again.stdout
         assert "3 of 4 runs are done already" in again.stdout
-        assert again.stdout.splitlines()[-6:] == lines[-6:]
+        assert again.stdout.splitlines()[-16:] == lines[-16:]
 
         tree.path("mnist/data/dataset.txt").write_text("Fashion-MNIST\n")
         other = tree.run(script, *args, env=env)

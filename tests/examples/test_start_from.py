@@ -91,6 +91,8 @@ def test_bias(start, capsys, suffix):
         start.loads(start.model)
     assert re.search(r"'ip2': its bias \(\S+ to \S+\) is dropped: a margin "
                      "layer has none", capsys.readouterr().out)
+    with pytest.raises(UserError, match="without .h5: give it such a name"):
+        start.check("-o", start.folder / "fits.caffemodel.h5")
     out = start.folder / "fits.caffemodel"
     start.check("-o", out)
     start.loads(out)

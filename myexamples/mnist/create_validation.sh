@@ -3,6 +3,8 @@
 # see: makes myexamples/mnist/mnist_fit_lmdb of the first 50,000 of the 60,000
 # and mnist_validation_lmdb of the last 10,000, in their order and whatever
 # their classes, with Caffe's own converter.
+#
+# Usage: myexamples/mnist/create_validation.sh
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

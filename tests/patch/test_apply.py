@@ -542,7 +542,7 @@ def test_compat_names_of_opencv_in_ssd(apply, tree):
     cases = {"src/caffe/layers/video_data_layer.cpp":
              ("#include <opencv2/highgui/highgui.hpp>\n", "constants_c.h"),
              "src/caffe/util/im_transforms.cpp":
-             ("#if CV_VERSION_MAJOR == 3\n", "CV_VERSION_MAJOR >= 3\n"),
+             ("#if CV_VERSION_MAJOR == 3\n#endif\n", "CV_VERSION_MAJOR >= 3\n"),
              "include/caffe/util/bbox_util.hpp":
              ("#include <opencv2/imgproc/imgproc.hpp>\n", "CV_FILLED")}
     for name, (text, _) in cases.items():
@@ -712,5 +712,5 @@ def test_incomplete_project(apply, project, tree):
 
 def test_usage(apply):
     assert "CAFFE_ROOT" in apply("--help").stdout
-    assert "unknown option --frob" in apply("--frob", status=1).stdout
-    assert "CAFFE_ROOT is missing" in apply(status=1).stdout
+    assert "unknown option --frob" in apply("--frob", status=2).stdout
+    assert "CAFFE_ROOT is missing" in apply(status=2).stdout

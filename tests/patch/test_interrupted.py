@@ -51,7 +51,7 @@ def test_apply(apply, project, tmp_path, mode):
     native = make_tree(tmp_path / "native")
     caffe = tmp_path / "caffe"
     script = project / "caffe_patch/apply.sh"
-    killer = Killer(tmp_path / "calls", which(*PROGRAMS))
+    killer = Killer(tmp_path / "calls", which("git", *PROGRAMS))
 
     def begin():
         shutil.rmtree(caffe, ignore_errors=True)

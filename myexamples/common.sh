@@ -2,6 +2,7 @@
 # What the example scripts share. Source it first: it answers --help with the
 # comment at the script's top, and goes to the project's root, from which the
 # paths in the prototxts are meant.
+set -euo pipefail  # before anything can be missing
 # shellcheck source=SCRIPTDIR/../cmake/shell.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../cmake/shell.sh"
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Tests the GPU path as far as that goes without a GPU: tests/emulated.rs, with
-# the kernels compiled by nvcc, too, for several architectures.
-set -euo pipefail
-unset CDPATH
+# Tests the GPU path on the CPU, and compiles the kernels with nvcc.
+#
+# Usage: tests/cuda/run.sh
+#
+# As far as that goes without a GPU: tests/emulated.rs, with the kernels
+# compiled by nvcc, too, for several architectures. Needs g++ 11 or newer and
+# cargo; gets nvcc.
+# shellcheck source=SCRIPTDIR/../../cmake/shell.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../../cmake/shell.sh"
 
-if (( $# )); then
-  echo "Usage: tests/cuda/run.sh   (needs g++ 11 or newer, cargo; gets nvcc)"
-  [[ $1 == -h || $1 == --help ]] && exit
-  exit 2
-fi
-
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
+(( ! $# )) || bad_usage "unknown argument $1"
+cd -- "$project"
 PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
 LSOFTMAX_NVCC=$(cmake/cuda_toolkit.sh --compiler)/bin/nvcc
 LSOFTMAX_NVCC_FLAGS="-Werror all-warnings -Xptxas -warn-spills"

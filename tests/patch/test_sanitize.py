@@ -9,6 +9,7 @@ PROJECT = pathlib.Path(__file__).resolve().parents[2]
 
 CARGO = """#!/bin/sh
 case $* in
+  --version) echo cargo 1.95.0 ;;
   *miri*) exit 1 ;;
 esac
 """
@@ -16,10 +17,11 @@ esac
 
 def test_a_tool_that_is_missing_is_the_reason_of_its_stage_alone(tmp_path):
     project = tmp_path / "a project"
-    for name in ("tests/robustness", "myexamples"):
+    for name in ("tests/robustness", "myexamples", "cmake"):
         shutil.copytree(PROJECT / name, project / name, symlinks=True,
                         ignore=shutil.ignore_patterns("*_lmdb", "data*"))
     (project / "src").mkdir()
+    shutil.copy(PROJECT / "Cargo.toml", project)
     for name, text in {"cargo": CARGO, "rustc": "#!/bin/sh\n"}.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from test_training import mnist, quick, quick_to_train  # noqa: F401
 
 PROGRAMS = ("apt-get", "awk", "bash", "cat", "cmp", "cp", "curl", "cut",
             "dirname", "env", "flock", "grep", "gzip", "head", "id", "mkdir",
-            "mktemp", "mv", "od", "realpath", "rm", "sed", "sha256sum",
+            "mktemp", "mv", "realpath", "rm", "sed", "sha256sum",
             "sleep", "stat", "tail", "tar", "tee")
 # Ends all of its script when the snapshot of iteration 10 is there, if a file
 # asks for it.
@@ -61,7 +61,7 @@ def test_quick_killed_again_and_again(mnist, tmp_path):  # noqa: F811
 
     for number, (of, at) in enumerate([
             ("", 1), ("curl", 1), ("curl", 3), ("mv", 1), ("sha256sum", 2),
-            ("gzip", 1), ("gzip", 4), ("od", 3), ("mv", 1),
+            ("gzip", 1), ("gzip", 4), ("sha256sum", 5), ("mv", 1),
             ("convert_mnist_data", 1), ("mv", 1), ("convert_mnist_data", 2),
             ("cp", 1), ("caffe", 1), ("tee", 1)]):
         kill = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
@@ -83,7 +83,7 @@ def test_quick_killed_again_and_again(mnist, tmp_path):  # noqa: F811
     assert "after 20 iterations" in out.splitlines()[-3]
     assert not left_over(mnist)
     assert {path.name for path in mnist.path("mnist/quick_snapshot").iterdir()
-            } == {".lock", "train.log", "training.png"} | {
+            } == {".lock", "deploy", "test.log", "train.log", "training.png"} | {
         "quick_iter_%d.%s" % (i, kind) for i in (10, 20)
         for kind in ("caffemodel", "solverstate")}
 

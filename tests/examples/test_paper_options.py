@@ -42,8 +42,9 @@ def test_without_a_gpu(mnist, cpu_only, script):
     lines = done.stdout.splitlines()
     assert lines[0] == "==> timing the net on the CPU"
     found = re.fullmatch(
-        re.escape(script.split("/")[1]) + r": error: the training is made for a GPU, and "
-        r"this Caffe is built without CUDA \(cmake/build_caffe.sh --cuda\); "
+        re.escape(script.split("/")[1]) +
+        r": error: the training is made for a GPU, and this Caffe "
+        r"is built without CUDA \(cmake/build_caffe.sh --cuda\); "
         r"with --cpu it takes about (\S+) hours on this machine", lines[1])
     assert found and 0.1 < float(found[1]) < 2000, done.stdout
     assert len(lines) == 2

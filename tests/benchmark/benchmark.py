@@ -110,7 +110,7 @@ CASES = [
     ("InnerProduct / InnerProduct, (128, 512, 1000), as a control",
      control_net(128, 512, 1000), None, None),
     ("LargeMarginInnerProduct / InnerProduct, (M, K, N) = (128, 512, 10)",
-     margin_net(128, 512, 10), None, 0.05),
+     margin_net(128, 512, 10), None, 0.015),
     ("LargeMarginInnerProduct / InnerProduct, (128, 512, 1000)",
      margin_net(128, 512, 1000), 1.05, None),
     ("LargeMarginInnerProduct / InnerProduct, (256, 512, 10572)",

@@ -400,6 +400,7 @@ struct Segments {
     ForSegments<V>(shape, see);
   }
   static __device__ unsigned Column() { return blockIdx.x; }
+  static __device__ unsigned Channel(const Shape&) { return Column(); }
   // Where the part's first value of the column lies.
   static __device__ unsigned First(const Shape& shape) {
     const unsigned first = blockIdx.y * (shape.part / V);
@@ -424,6 +425,9 @@ struct Columns {
   }
   static __device__ unsigned Column() {
     return blockIdx.x * WARP + threadIdx.x % WARP;
+  }
+  static __device__ unsigned Channel(const Shape& shape) {
+    return Column() / shape.positions;
   }
   static __device__ unsigned First(const Shape& shape) {
     return blockIdx.y * shape.part * shape.channels * shape.positions
@@ -508,10 +512,9 @@ static __device__ void PartMoments(const Shape& shape,
   const unsigned column = Over::Column();
   const double count = PartSize(shape, blockIdx.y);
   const Moments<Dtype> moments = {x};
-  // Loaded here, but not waited for before the loop has run.
-  const Dtype first = column < columns ? x[Over::First(shape)] : Dtype(0);
   typename Moments<Dtype>::Sums sums = Sum<Over>(shape, moments);
-  double reference = first;
+  // Loaded here and not above: a loop would begin with waiting for it.
+  double reference = column < columns ? x[Over::First(shape)] : Dtype(0);
   Pair all;
   if (!JoinMoments<Dtype, Over>(sums, count, &reference, &all)
       && sizeof(Dtype) < sizeof(double)) {
@@ -531,7 +534,7 @@ static __device__ void PartGradients(const Shape& shape,
   const size_t columns = static_cast<size_t>(shape.channels) * shape.width;
   const unsigned column = Over::Column();
   const Gradients<Dtype> gradients = {g, x,
-      Of(channels, column < columns ? column / shape.width : 0, x_is_hat)};
+      Of(channels, column < columns ? Over::Channel(shape) : 0, x_is_hat)};
   Pair all = Sum<Over>(shape, gradients).of;
   if (!Over::Join(&all) && sizeof(Dtype) < sizeof(double)) {
     all = SumWide<Over>(shape, gradients).of;

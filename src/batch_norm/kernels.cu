@@ -735,8 +735,9 @@ static __device__ void PassDown(const Shape& shape,
 
 // Kernels that load vectors exist for the widest load and for single values;
 // by columns there are only single values. What `in place` may make one memory
-// is not __restrict__.
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+// is not __restrict__. Without __launch_bounds__: with it, nvcc spills on some
+// architectures, to fit in more blocks.
+#define KERNEL extern "C" __global__ void
 
 #define VECTOR_KERNELS(Dtype, suffix, V) \
   KERNEL bn_segment_moments_##suffix(Shape shape, \

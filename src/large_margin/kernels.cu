@@ -446,7 +446,7 @@ static __device__ void Backward(int num_samples, int num_classes,
   AddScaled(dw + w_row, factor, w + w_row, num_features);
 }
 
-// Without __launch_bounds__: with it, nvcc spills to fit in more blocks.
+// Without __launch_bounds__: with it, nvcc spills, to fit in more blocks.
 #define KERNEL extern "C" __global__ void
 
 #define KERNELS(Dtype, suffix) \

@@ -40,7 +40,6 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
 // The fibers of a block share the variables of their OS thread.
 #define __shared__ static thread_local
 

@@ -289,8 +289,8 @@ void Borders() {
       511, 512, 513, 1023, 1024, 1025}) {
     Run(Problem<Dtype>(3, size, 2, 4, 1), "border of K");
     Run(Problem<Dtype>(4, 2, size, 3, 1), "border of N");
-    if (size < 200 || sizeof(Dtype) == 4) {
-      Run(Problem<Dtype>(size, 2, 3, 2, 0), "border of M");
+    if (size < 200 || (sizeof(Dtype) == 4 && (size < 300 || size > 1000))) {
+      Run(Problem<Dtype>(size, 2, size < 1000 ? 3 : 1000, 2, 0), "border of M");
     }
   }
 }
@@ -319,7 +319,6 @@ void Misaligned() {
 // More samples than a block sorts: runs of classes over several tiles. A second
 // backward pass finds what the first has merged.
 void ManySamples() {
-  Run(Problem<float>(1030, 1, 1000, 3, 1), "many classes");
   Problem<float> p(2100, 2, 7, 3, 1);
   for (int i = 0; i < p.samples; ++i) {
     p.labels[i] = float(i % 5 == 0 ? kIgnoreLabel : i % 3 ? 3 : i * 31 % 7);

@@ -283,35 +283,24 @@ cmake -S "$root" -B "$build" -Wno-dev "${options[@]}" >> "$log" 2>&1 ||
 
 # ---- Build ----
 
-# CMake's percentages: one line that moves on a terminal, one in ten else.
-tty=
-if [[ -t 1 ]]; then tty=1; fi
-progress() {
-  local line percent last=-10 compiling=
+# CMake's percentages.
+build_progress() {
+  local line compiling=
   local step='^\[ *([0-9]+)%\] (Building CXX|Building NVCC|Linking)'
   while IFS= read -r line; do
     if [[ ! $compiling && $line =~ ^\ *Compiling\  ]]; then
       compiling=1
       say "building the Rust library"
     elif [[ $line =~ $step ]]; then
-      percent=${BASH_REMATCH[1]}
-      if (( percent <= last )); then continue; fi
-      if [[ $tty ]]; then
-        printf '\r%s: building Caffe (%s) %3d%%' "$me" "$device" "$percent"
-      elif (( percent >= last + 10 )); then
-        say "building Caffe ($device) $percent%"
-      else
-        continue
-      fi
-      last=$percent
+      progress "building Caffe ($device) ${BASH_REMATCH[1]}%"
     fi
   done
-  if [[ $tty ]] && (( last >= 0 )); then echo; fi
+  progress_end
 }
 
 make_target() {
   cmake --build "$build" --parallel "$jobs" --target "$@" 2>&1 |
-    tee -a "$log" | progress ||
+    tee -a "$log" | build_progress ||
     failed "Caffe did not build in $build"
 }
 

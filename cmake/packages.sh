@@ -38,11 +38,12 @@ rust_packages() {  # MINIMUM
   done
 }
 
-# missing_packages TREE: the Debian packages that are missing, one a line.
+# missing_packages TREE [PACKAGE...]: the Debian packages that are missing for
+# Caffe, and of these, one a line.
 missing_packages() {
   local minimum
   # shellcheck disable=SC2046  # words
-  not_installed $(caffe_packages "$1")
+  not_installed $(caffe_packages "$1") "${@:2}"
   if ! "$project/cmake/find_cargo.sh" > /dev/null 2>&1; then
     minimum=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$project/Cargo.toml")
     if can_install; then update_lists >&2; fi

@@ -56,6 +56,40 @@ build_caffe() {
   fi
 }
 
+# same_images DB OF: ends the script where DB holds other images than OF does.
+same_images() {
+  cmp -s "$1/dataset.txt" "$2/dataset.txt" ||
+    die "$(rel "$1") is not made from the images of $(rel "$2"): move it away"
+}
+
+# make_lmdb DB OF PREFIX [PART]: DB, if it is not there, of the images and
+# labels PREFIX-{images,labels}-idx?-ubyte with Caffe's own converter, or of a
+# PART of them, as split_digits.py takes it. OF/dataset.txt says which they are.
+make_lmdb() {
+  local db=$1 of=$2 from=$3 part=${4:-} new=${1%/*}/lmdb.new log
+  if [ -e "$db" ]; then
+    same_images "$db" "$of"
+    say "$(rel "$db") is ready"
+    return
+  fi
+  rm -rf "$new"
+  make_dir "$new"
+  if [ -n "$part" ]; then
+    "$PYTHON" "$ROOT/myexamples/mnist_verification/split_digits.py" "$from" \
+      "$new/part" "$part" || exit 1
+    from=$new/part
+  fi
+  log=$(GLOG_logtostderr=1 "$(example mnist/convert_mnist_data)" \
+    "$from-images-idx3-ubyte" "$from-labels-idx1-ubyte" "$new/lmdb" 2>&1) || {
+    make_dir "${db%/*}"
+    die "the conversion to $(rel "$db") failed: $log"
+  }
+  cp "$of/dataset.txt" "$new/lmdb" || die "cannot write to $(rel "$new")"
+  mv -T -- "$new/lmdb" "$db"
+  rm -rf "$new"
+  say "made $(rel "$db")"
+}
+
 # Which images the LMDBs of mnist hold.
 mnist_name() {
   cat "$ROOT/myexamples/mnist/mnist_train_lmdb/dataset.txt" 2>/dev/null ||

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
 # Runs the README's two commands in a Debian with nothing installed.
 #
-# Usage: tests/robustness/bare_machine.sh [--user] [SUITE...]
+# Usage: tests/robustness/bare_machine.sh [--user] [--package DEB] [SUITE...]
 #
 # Makes a minimal Debian of each SUITE (bookworm and trixie) with debootstrap,
 # puts a clone of this project's HEAD into it and runs
-# myexamples/mnist/train_quick.sh and tests/run.sh there, as root. Ends with a
-# table; the exit status is 0 if both passed in every suite and no stage of
-# tests/run.sh was left out.
+# myexamples/mnist/train_quick.sh, tests/run.sh and cmake/build_caffe.sh --deb
+# there, as root. The package that the last one makes is then installed with
+# apt in another system that has nothing else, in the place of a caffe-cpu; a
+# net with both layers is trained there by /usr/bin/caffe and run by pycaffe;
+# and it is removed, which must leave nothing. Ends with a table; the exit
+# status is 0 if all passed in every suite and no stage of tests/run.sh was left
+# out.
 #
 #   --user  as a user without root and without sudo instead: where a command
 #           ends with the packages to ask for, root installs these and nothing
 #           else, and the command runs again. The first must have asked before it
 #           made anything.
+#   --package DEB
+#           try that package alone, which cmake/build_caffe.sh --deb has made on
+#           a Debian of the SUITE
 #
 # It needs root, a Debian whose package lists are there, as it takes the mirror
 # from them, some GB of disk and, on two cores, some 20 minutes a suite. The systems
@@ -27,13 +34,19 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
 
 as_user=
+package=
 suites=()
-for argument; do
-  case $argument in
+while [ $# -gt 0 ]; do
+  case $1 in
     --user) as_user=1 ;;
-    *[!a-z]* | '') bad_usage "unknown argument $argument" ;;
-    *) suites+=("$argument") ;;
+    --package)
+      [ -f "${2:-}" ] || bad_usage "--package needs a .deb"
+      package=$(realpath -- "$2")
+      shift ;;
+    *[!a-z]* | '') bad_usage "unknown argument $1" ;;
+    *) suites+=("$1") ;;
   esac
+  shift
 done
 [ ${#suites[@]} -gt 0 ] || suites=(bookworm trixie)
 
@@ -69,7 +82,9 @@ fi
 # The project is built where its path has a space in it.
 home=/home/user
 clone=$home/"l softmax"
-commands=(myexamples/mnist/train_quick.sh tests/run.sh)
+commands=(myexamples/mnist/train_quick.sh tests/run.sh
+  "cmake/build_caffe.sh --deb")
+[ -z "$package" ] || commands=()
 
 # What a bare system's commands find in their environment: next to nothing of
 # this machine's.
@@ -157,15 +172,16 @@ asked_for() {
 asked=0
 # run COMMAND SYSTEM LOG: runs one of the project's commands in its clone.
 run() {
-  local command=$1 system=$2 log=$3 user=root before list status last=''
+  local command=$1 system=$2 log=$3 user=root before list status last='' words
+  read -ra words <<<"$command"
   [ -z "$as_user" ] || user=user
   before=$(files_in "$system$home")
   asked=0
   while :; do
     status=0
     # shellcheck disable=SC2016  # the inner shell's
-    in_system "$system" "$user" bash -c 'cd -- "$1" && exec "./$2"' bash \
-      "$clone" "$command" > >(tee -- "$log") 2>&1 || status=$?
+    in_system "$system" "$user" bash -c 'cd -- "$1" && exec "./$2" "${@:3}"' \
+      bash "$clone" "${words[@]}" > >(tee -- "$log") 2>&1 || status=$?
     wait  # for tee
     [ "$status" -ne 0 ] && [ -n "$as_user" ] || return "$status"
     list=$(asked_for "$log")
@@ -192,15 +208,62 @@ run() {
   done
 }
 
+# try_package SUITE SYSTEM DEB: installs, uses and removes a package in a
+# system of its own.
+try_package() {
+  local suite=$1 system=$2 nets=$2/package
+  make_system "$suite" "$system" || return
+  mkdir -- "$nets"
+  cp -- "$3" "$nets/caffe.deb"
+  cp -- tests/gpu/nets/train.prototxt "$nets"
+  sed 's/GPU/CPU/; s|nets/|/package/|' tests/gpu/nets/solver.prototxt \
+    >"$nets/solver.prototxt"
+  cat >"$nets/try.sh" <<'END'
+set -euxo pipefail
+cd /package
+mkdir -p other/DEBIAN
+printf '%s\n' 'Package: caffe-cpu' 'Version: 1.0.0' 'Architecture: all' \
+  'Maintainer: nobody <root@localhost>' 'Description: gives way' \
+  >other/DEBIAN/control
+dpkg-deb --build other
+dpkg --install other.deb
+apt-get -qq update
+apt-get -qq -y install --no-install-recommends ./caffe.deb
+[[ $(dpkg-query -W -f '${db:Status-Status}' caffe-cpu || true) != installed ]]
+if ldd /usr/bin/caffe | grep 'not found'; then exit 1; fi
+/usr/bin/caffe train --solver=solver.prototxt 2>&1 | tee train.log
+grep -q 'Optimization Done' train.log
+python3 - <<'PYTHON'
+import caffe
+assert caffe.__file__ == "/usr/lib/python3/dist-packages/caffe/__init__.py"
+net = caffe.Net("train.prototxt", "_iter_200.caffemodel", caffe.TRAIN)
+accuracy = sum(float(net.forward()["accuracy"]) for _ in range(10)) / 10
+print("accuracy of the trained net in pycaffe: %.3f" % accuracy)
+assert accuracy > 0.9
+PYTHON
+dpkg -L caffe-lsoftmax >files
+apt-get -qq -y purge caffe-lsoftmax
+find / -xdev \( -path /package -o -path /home -o -path /var/log -o -path /proc \
+  -o -path /var/cache/apt \) -prune -o -iname '*caffe*' -print | tee left
+[[ ! -s left ]]
+while IFS= read -r path; do
+  [[ -d $path || ! -e $path ]]
+done <files
+END
+  in_system "$system" root bash /package/try.sh
+}
+
 say "the project's commit $(git log -1 --format='%h (%s)')"
 rows=()
 failed=0
 for suite in "${suites[@]}"; do
   system=$bare/$suite
   prefix=$bare/$suite${as_user:+-user}
+  deb=$package
   start=$SECONDS
   say "$suite: making a system in $(rel "$system")"
-  if ! make_system "$suite" "$system" >"$prefix-system.log" 2>&1; then
+  if [ -z "$package" ] &&
+      ! make_system "$suite" "$system" >"$prefix-system.log" 2>&1; then
     tail -n 5 "$prefix-system.log" >&2
     rows+=("$suite|debootstrap|FAILED|$((SECONDS - start))|$(
       rel "$prefix-system.log")")
@@ -210,11 +273,12 @@ for suite in "${suites[@]}"; do
   whole=1
   for command in "${commands[@]}"; do
     start=$SECONDS
-    log=$prefix-$(basename "$command" .sh).log
+    log=${command%% *}
+    log=$prefix-$(basename "$log" .sh).log
     say "$suite: $command"
     result=passed
     run "$command" "$system" "$log" || result=FAILED
-    closing=$(grep -E '^test accuracy: |^[0-9]+ passed, ' "$log" |
+    closing=$(grep -E '^test accuracy: |^[0-9]+ passed, |: made ' "$log" |
       tail -n 1) || true
     # Nothing that a stage needs is out of a bare system's reach.
     if grep -q '^==> .*: SKIPPED, ' "$log"; then
@@ -228,6 +292,19 @@ for suite in "${suites[@]}"; do
     fi
     rows+=("$suite|$command|$result|$((SECONDS - start))|${closing#[,;] }")
   done
+  [ -n "$deb" ] ||
+    deb=$(find "$system$clone/build" -maxdepth 1 -name 'caffe-lsoftmax_*.deb')
+  if [ -n "$deb" ]; then
+    start=$SECONDS
+    log=$prefix-package.log
+    result=passed
+    say "$suite: $(basename "$deb")"
+    try_package "$suite" "$system-package" "$deb" >"$log" 2>&1 ||
+      { result=FAILED; whole=; tail -n 20 "$log"; }
+    rows+=("$suite|$(basename "$deb")|$result|$((SECONDS - start))|$(
+      grep '^accuracy of ' "$log" || rel "$log")")
+    [ "$result" = FAILED ] || rm -rf --one-file-system -- "$system-package"
+  fi
   if [ -n "$whole" ]; then
     rm -rf --one-file-system -- "$system"
   else

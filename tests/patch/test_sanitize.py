@@ -11,6 +11,7 @@ CARGO = """#!/bin/sh
 case $* in
   --version) echo cargo 1.95.0 ;;
   *miri*) exit 1 ;;
+  test*) echo "test result: ok. 3 passed; 0 failed; 0 ignored" ;;
 esac
 """
 
@@ -22,6 +23,7 @@ def test_a_tool_that_is_missing_is_the_reason_of_its_stage_alone(tmp_path):
                         ignore=shutil.ignore_patterns("*_lmdb", "data*"))
     (project / "src").mkdir()
     shutil.copy(PROJECT / "Cargo.toml", project)
+    shutil.copy(PROJECT / "tests/stages.sh", project / "tests")
     for name, text in {"cargo": CARGO, "rustc": "#!/bin/sh\n"}.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -33,6 +35,9 @@ def test_a_tool_that_is_missing_is_the_reason_of_its_stage_alone(tmp_path):
                                               os.environ["PATH"])},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
-    results = done.stdout.split("==> results")[1].splitlines()[1:]
-    assert [line.split()[::3] for line in results if line[0] != " "] == [
+    results = [line.split(maxsplit=4) for line in
+               done.stdout.split("==> results")[1].splitlines()[1:]]
+    assert [row[::3] for row in results[-3:-1]] == [
         ["SKIPPED", "miri"], ["passed", "asan"]], done.stdout
+    assert "cargo miri test --lib; " in results[-3][4]
+    assert results[-2][4] == "3 passed, 0 failed"

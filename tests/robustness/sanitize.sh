@@ -28,24 +28,23 @@
 # build/robustness. The exit status is 0 if no stage failed.
 # shellcheck source=SCRIPTDIR/../../myexamples/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../../myexamples/common.sh"
+# shellcheck source=SCRIPTDIR/../stages.sh
+. "$ROOT/tests/stages.sh"
 
-stages=()
-for stage; do
-  case $stage in
-    unsafe | asan | tsan | miri | valgrind) stages+=("$stage") ;;
-    *) bad_usage "unknown stage $stage" ;;
-  esac
+chosen=("$@")
+[ $# -gt 0 ] || chosen=(unsafe asan tsan miri valgrind)
+for name in "${chosen[@]}"; do
+  [[ $name =~ ^(unsafe|asan|tsan|miri|valgrind)$ ]] ||
+    bad_usage "unknown stage $name"
 done
-[ ${#stages[@]} -gt 0 ] || stages=(unsafe asan tsan miri valgrind)
 
 work=$ROOT/build/robustness
-one_at_a_time "$work/.lock"
+stages_in "$work"
+total=${#chosen[@]}
 
 # The cargo that builds the library: the first one on the PATH may be too old.
 PATH=$(cmake/find_cargo.sh):$PATH
 host=$(rustc -vV | sed -n 's/^host: //p')
-
-why=''  # why a stage could not run
 
 # sanitized NAME FLAGS [CARGO OPTION...]: the crate's tests with a sanitizer.
 sanitized() {
@@ -59,7 +58,7 @@ sanitized() {
 
 run_unsafe() {
   local compiler=$work/no-compiler
-  cargo clippy --version || { why="cargo clippy is missing"; return; }
+  cargo clippy --version || { cannot_run "cargo clippy is missing"; return; }
   # The crate embeds the kernels; for its Rust they may be empty.
   cat >"$compiler" <<'END'
 #!/bin/sh
@@ -81,7 +80,8 @@ run_asan() {
 
 run_tsan() {
   if [ ! -e "$(rustc --print sysroot)/lib/rustlib/src/rust/library" ]; then
-    why="no source of the standard library (rustup component add rust-src)"
+    cannot_run "no source of the standard library (rustup component add" \
+      "rust-src)"
     return
   fi
   sanitized tsan -Zsanitizer=thread -Zbuild-std
@@ -98,8 +98,8 @@ run_miri() {
     --skip batches_may --skip what_is_not)
   cargo miri --version || miri=(cargo +nightly miri)
   if ! "${miri[@]}" --version; then
-    why="Miri is missing; it would run: cargo miri test ${lib[*]}; \
-${margin[*]}; ${bn[*]}"
+    cannot_run "Miri is missing; it would run: cargo miri test ${lib[*]};" \
+      "${margin[*]}; ${bn[*]}"
     return
   fi
   # Miri makes powf wrong in its last bits at random unless told not to;
@@ -148,46 +148,12 @@ run_valgrind() {
     --gtest_filter='LargeMarginInnerProductLayer*:BNLayer*-*Death*:*GPU*'
 }
 
-run() {
-  case $1 in
-    unsafe) run_unsafe ;;
-    asan) run_asan ;;
-    tsan) run_tsan ;;
-    miri) run_miri ;;
-    valgrind) run_valgrind ;;
+closing_of_valgrind="$closing_of_gtest|ERROR SUMMARY|definitely lost:"
+for name in "${chosen[@]}"; do
+  case $name in
+    unsafe) stage unsafe '' run_unsafe ;;
+    valgrind) stage valgrind "$closing_of_valgrind" run_valgrind ;;
+    *) stage "$name" "$closing_of_cargo|SUMMARY: " "run_$name" ;;
   esac
-}
-
-results=()
-failed=0
-for stage in "${stages[@]}"; do
-  say "$stage"
-  start=$SECONDS
-  log=$work/$stage.log
-  why=''
-  rm -f -- "$work/why"
-  status=0
-  # A stage is a pipeline's part, and so a subshell: what it exports, and a
-  # `die`, end with it.
-  set +e
-  { run "$stage" 2>&1; status=$?; echo "$why" >"$work/why"; exit $status; } |
-    tee -- "$log"
-  status=${PIPESTATUS[0]}
-  set -e
-  why=$(cat "$work/why" 2>/dev/null || true)
-  words=$(grep -E '^test result: |ERROR SUMMARY|definitely lost:|PASSED|FAILED|unsafe blocks|SUMMARY: ' \
-    "$log" | sed 's/; 0 measured.*//; s/^/    /') || true
-  result=passed
-  if [ "$status" -ne 0 ]; then
-    result=FAILED
-    failed=1
-  elif [ -n "$why" ]; then
-    result=SKIPPED
-    words="    $why"
-  fi
-  results+=("$(printf '%-8s %5d s  %s\n%s' "$result" $((SECONDS - start)) \
-    "$stage" "$words")")
 done
-say "results; the logs are in $(rel "$work")"
-printf '%s\n' "${results[@]}"
-exit "$failed"
+results

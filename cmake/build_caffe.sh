@@ -273,15 +273,14 @@ if at_least "$(cmake --version | sed -n 's/^cmake version //p')" 4; then
   options+=(-DCMAKE_POLICY_VERSION_MINIMUM=3.5)
 fi
 
-failed() {
-  local first package
-  first=$(first_error "$log")
-  if [[ -z $first ]]; then tail -n 30 -- "$log" >&2; fi
+failed() {  # WORDS
+  local found
+  mapfile -t found < <("$python" cmake/first_error.py "$log")
+  (( ${#found[@]} )) || tail -n 30 -- "$log" >&2
   make_dir "$build"
   if grep -E "$disk_full" "$log" >&2; then die_of_full_disk "$build"; fi
-  package=$(package_of "$first")
-  die "$1${first:+; its first error:}" ${first:+"$first"} \
-      ${package:+"On Debian and Ubuntu: apt-get install $package"} \
+  die "$1${found[0]:+; its first error:}" ${found[0]:+"${found[0]}"} \
+      ${found[1]:+"On Debian and Ubuntu: apt-get install ${found[1]}"} \
       "The whole log: $log"
 }
 

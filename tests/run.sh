@@ -13,8 +13,6 @@
 #              downloaded (0.1 GB; build/ grows to about 1 GB with it)
 # shellcheck source=SCRIPTDIR/../myexamples/common.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../myexamples/common.sh"
-# shellcheck source=SCRIPTDIR/stages.sh
-. "$ROOT/tests/stages.sh"
 
 cuda=1
 for argument; do
@@ -23,13 +21,6 @@ for argument; do
     *) bad_usage "unknown argument $argument" ;;
   esac
 done
-
-stages_in "$ROOT/build/test-logs"
-total=12
-# The tests leave no byte code beside the sources.
-export PYTHONDONTWRITEBYTECODE=1
-
-# ---- What the tests need ----
 
 # The Debian package of the cargo on the PATH: cargo, cargo-web or cargo-1.89.
 cargo_package() {
@@ -67,91 +58,15 @@ install_packages() {
   mapfile -t missing < <(printf '%s\n' "${missing[@]}" |
     awk '$0 && !seen[$0]++')
   [ ${#missing[@]} -eq 0 ] || need_packages "the tests" "${missing[@]}"
-  echo "all there"
 }
 
 # The cargo that builds the library: the first one on the PATH may be too old.
-use_the_builds_cargo() {
-  local dir
-  dir=$(cmake/find_cargo.sh 2>/dev/null) || return 0
-  PATH=$dir:$PATH
-}
-
-# add_rust_tool NAME COMPONENT PACKAGE: for cargo NAME, which may come apart
-# from cargo. Fails where it cannot be had.
-add_rust_tool() {
-  local package
-  ! cargo "$1" --version >/dev/null 2>&1 || return 0
-  say "cargo $1 is missing; installing it"
-  if command -v rustup >/dev/null &&
-      rustup component add "$2" >/dev/null 2>&1; then
-    cargo "$1" --version >/dev/null 2>&1 && return
-  fi
-  package=$(cargo_package) || true
-  # shellcheck disable=SC2059  # the format is one of the two calls below
-  (need_packages "cargo $1" "$(printf "$3" "${package#cargo}")") &&
-    cargo "$1" --version >/dev/null 2>&1
-}
-
-# ---- The stages ----
-
-check_scripts() {
-  local scripts
-  mapfile -d '' -t scripts < <(find . \
-    \( -path ./build -o -path ./target -o -path ./vendor -o -path ./.git \) -prune -o \
-    -type f \( -name '*.sh' -o -path ./.ci/run \) -print0)
-  shellcheck --external-sources -- "${scripts[@]}" &&
-    echo "${#scripts[@]} scripts are clean"
-}
-
-run_gtests() {
-  # Caffe's tests find their data from the root of its tree.
-  cd -- "$CAFFE_ROOT" || return
-  local tests=build/test/test.testbin
-  # Make's, of all layers.
-  [ ! -e build/.linked ] || tests=build/test/test_all.testbin
-  "$tests" --gtest_color=no --gtest_filter="$1"
-}
-
-run_pytest() {
-  local folder=$1
-  shift
-  "$PYTHON" -m pytest -p no:cacheprovider -ra --durations=5 "$@" \
-    "tests/$folder"
-}
-
-use_the_builds_cargo
-stage "packages" '' install_packages
-if [ "$failed" -gt 0 ] && ! can_install; then
-  die "run this again when root has installed these packages"
+! cargo=$(cmake/find_cargo.sh 2>/dev/null) || PATH=$cargo:$PATH
+options=()
+if ! (install_packages); then
+  can_install || die "run this again when root has installed these packages"
+  options+=(--packages-failed)
 fi
-stage "build of Caffe" '' build_caffe --tests
-use_the_builds_cargo
-if add_rust_tool fmt rustfmt 'rustfmt%s'; then
-  stage "cargo fmt" '' cargo fmt --check
-else
-  skip "cargo fmt" "rustfmt cannot be had for $(cargo --version)"
-fi
-if add_rust_tool clippy clippy 'rust%s-clippy'; then
-  stage "cargo clippy" '' cmake/find_cargo.sh clippy --locked --all-targets -- -D warnings
-else
-  skip "cargo clippy" "clippy cannot be had for $(cargo --version)"
-fi
-stage "cargo test" "$closing_of_cargo" cmake/find_cargo.sh test --locked
-if [ -z "$cuda" ]; then
-  skip "cuda emulated" "--no-cuda"
-elif cmake/cuda_toolkit.sh --compiler >/dev/null; then
-  stage "cuda emulated" '' tests/cuda/run.sh
-else
-  skip "cuda emulated" "nvcc cannot be had (see above)"
-fi
-stage "shellcheck" '' check_scripts
-for layer in LargeMarginInnerProductLayer BNLayer; do
-  stage "gtest $layer" "$closing_of_gtest" run_gtests "${layer}*"
-done
-stage "pytest patch" "$closing_of_pytest" run_pytest patch
-stage "pytest examples" "$closing_of_pytest" run_pytest examples
-# Apart from each other, since a LOG(FATAL) in pycaffe ends its process.
-stage "pytest e2e" "$closing_of_pytest" run_pytest e2e -n "$(nproc)"
-
-results
+[ -n "$cuda" ] || options+=(--no-cuda)
+cargo=$(cargo_package) || true
+exec "$PYTHON" tests/run.py --cargo "${cargo:-cargo}" "${options[@]}"

@@ -33,7 +33,7 @@ class World:
         (self.project / "myexamples/mnist").mkdir()
         for name in ("cmake/shell.sh", "myexamples/common.sh", "myexamples/mnist/train_quick.sh",
                      "myexamples/mnist/quick_solver.prototxt",
-                     "tests/run.sh", "tests/stages.sh"):
+                     "tests/run.sh"):
             shutil.copy(os.path.join(ROOT, name), self.project / name)
         build = self.project / "cmake/build_caffe.sh"
         build.write_text(BUILD_CAFFE)

@@ -8,6 +8,7 @@ string(REGEX REPLACE "^[^\"]*\"([^\"]*)\".*" "\\1" CPACK_PACKAGE_VERSION "${__ve
 
 set(CPACK_GENERATOR DEB)
 set(CPACK_PACKAGE_NAME caffe-lsoftmax)
+set(CPACK_PACKAGE_FILE_NAME caffe-lsoftmax)
 set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_INSTALLED_DIRECTORIES "${__stage}" /)
 set(CPACK_PACKAGING_INSTALL_PREFIX /)
@@ -19,12 +20,13 @@ if("$ENV{DEBFULLNAME}" STREQUAL "" OR "$ENV{DEBEMAIL}" STREQUAL "")
 endif()
 set(CPACK_DEBIAN_PACKAGE_SECTION science)
 set(CPACK_DEBIAN_PACKAGE_PRIORITY optional)
-set(CPACK_DEBIAN_PACKAGE_DESCRIPTION
-"Caffe with large-margin softmax, for the CPU
- BVLC Caffe, a framework for deep learning, with the layers
- LargeMarginInnerProduct (large-margin softmax, L-Softmax) and BN (batch
- normalization): the command caffe with the other tools, the C++ library with
- its headers, and pycaffe for python3.")
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY
+    "Caffe with large-margin softmax, for the CPU")
+set(CPACK_PACKAGE_DESCRIPTION
+"BVLC Caffe, a framework for deep learning, with the layers
+LargeMarginInnerProduct (large-margin softmax, L-Softmax) and BN (batch
+normalization): the command caffe with the other tools, the C++ library with
+its headers, and pycaffe for python3.")
 
 # ---[ What belongs to a system with it, and what not
 # Whoever has it has what caffe-cpu brings; the library has another name.
@@ -53,10 +55,10 @@ set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 file(GLOB __libraries "${__stage}/usr/lib/*/libcaffe.so")
 get_filename_component(__libraries "${__libraries}" PATH)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS_PRIVATE_DIRS "${__libraries}")
-# This brings the trigger of ldconfig as well.
 set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
 
-# ---[ Byte code, which the package's removal takes along
+# ---[ The linker's cache; byte code, which the package's removal takes along
+file(WRITE "${__stage}.deb/triggers" "activate-noawait ldconfig\n")
 file(WRITE "${__stage}.deb/postinst" "#!/bin/sh
 set -e
 if [ \"$1\" = configure ]; then py3compile -p caffe-lsoftmax; fi
@@ -65,4 +67,6 @@ file(WRITE "${__stage}.deb/prerm" "#!/bin/sh
 set -e
 py3clean -p caffe-lsoftmax
 ")
-set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA "${__stage}.deb/postinst;${__stage}.deb/prerm")
+set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
+set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA "${__stage}.deb/triggers"
+    "${__stage}.deb/postinst" "${__stage}.deb/prerm")

@@ -13,7 +13,7 @@ import sys
 
 ERROR = re.compile(
     r"(^|[: ])(fatal )?error(\[E\d+\])?: |undefined reference to"
-    r"|: cannot find -l|\*\*\* No rule to make")
+    r"|: cannot find -l|\*\*\* No rule to make|^CPack Error: ")
 MISSING = re.compile(
     r"could not find|no such file or directory|cannot find -l"
     r"|package configuration file provided by|no module named", re.I)

@@ -5,11 +5,11 @@ Usage: bare_machine.py [--user] [--package DEB] [SUITE...]
 
 Makes a minimal Debian of each SUITE (bookworm and trixie) with debootstrap,
 puts a clone of this project's HEAD into it and runs
-myexamples/mnist/train_quick.sh, tests/run.sh and cmake/build_caffe.sh --deb
-there, as root. The package that the last one makes is then installed with apt
-in another system that has nothing else, in the place of a caffe-cpu; a net
-with both layers is trained there by /usr/bin/caffe and run by pycaffe; and the
-package is removed, which must leave nothing. Ends with a table; the exit
+myexamples/mnist/train_quick.sh, tests/run.sh, cmake/build_caffe.sh --install
+and --deb there, as root. The package that the last one makes is then installed
+with apt in another system that has nothing else, in the place of a caffe-cpu;
+a net with both layers is trained there by /usr/bin/caffe and run by pycaffe;
+and the package is removed, which must leave nothing. Ends with a table; the exit
 status is 0 if all passed in every suite and no stage of tests/run.sh was left
 out.
 
@@ -44,10 +44,11 @@ HOME = "/home/user"
 # The project is built where its path has a space in it.
 CLONE = HOME + "/l softmax"
 COMMANDS = ("myexamples/mnist/train_quick.sh", "tests/run.sh",
+            "cmake/build_caffe.sh --install /home/user/caffe",
             "cmake/build_caffe.sh --deb")
 # What tells in one line how a command ended.
 CLOSING = re.compile(r"(?m)^(?:test accuracy: |\d+ passed, |accuracy of ).*"
-                     r"|made .*?\.deb")
+                     r"|made .*?\.deb|installed: [^;]*")
 
 # What a bare system's commands find in their environment: next to nothing of
 # this machine's.
@@ -224,7 +225,8 @@ def run(command, system, log, as_user):
 def try_command(command, suite, system, prefix, as_user):
     """The row of one of the project's commands."""
     start = time.monotonic()
-    log = Path("%s-%s.log" % (prefix, Path(command.split()[0]).stem))
+    name = re.sub(r"\.sh| /.*", "", command.split("/", 1)[1])
+    log = Path("%s-%s.log" % (prefix, re.sub("[^a-z_]+", "-", name)))
     say("%s: %s" % (suite, command))
     passed, asked = run(command, system, log, as_user)
     text = log.read_text(errors="replace")

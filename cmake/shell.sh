@@ -33,7 +33,7 @@ bad_usage() {  # MESSAGE
   (die "$1") || exit 2
 }
 
-script=$0
+script=${help_from:-$0}
 for argument; do
   [[ $argument == -h || $argument == --help ]] || continue
   if [[ ! ${helper:-} ]]; then show_help; exit; fi

@@ -37,8 +37,8 @@ def say(words):
 
 def shell(function, *args):
     """The command that calls a function of myexamples/common.sh."""
-    return ["bash", "-c", '. "$0/myexamples/common.sh"; "$@"', str(ROOT),
-            function, *args]
+    return ["bash", "-c", '. "$1/myexamples/common.sh"; shift; "$@"',
+            os.path.basename(sys.argv[0]), str(ROOT), function, *args]
 
 
 def use_the_builds_cargo():

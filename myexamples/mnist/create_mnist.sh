@@ -8,11 +8,7 @@
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-[ $# -le 1 ] || bad_usage "more than one argument"
-case ${1:-} in
-  '' | --fashion) ;;
-  *) bad_usage "unknown argument $1" ;;
-esac
+has_option --fashion "$@" || true
 options=("$@")
 
 here=$ROOT/myexamples/mnist

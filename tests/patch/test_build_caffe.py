@@ -290,6 +290,10 @@ def test_a_build_that_fails(world, tree):
     ("/a/b.cpp:7:3: error: 'CV_RGB' was not declared in this scope\n"
      "/a/b.cpp:9:3: error: other\n", "'CV_RGB' was not declared", None),
     ("error[E0308]: mismatched types\n", "error[E0308]: mismatched", None),
+    ("CMake Error: no such folder\n\nother\n", "CMake Error: no such folder",
+     None),
+    ("CPack Error: No description.\nCPack Error: other\n",
+     "CPack Error: No description.", None),
 ])
 def test_a_build_that_fails_shows_the_first_error(world, tree, log, first,
                                                   package):

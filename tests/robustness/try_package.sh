@@ -28,9 +28,13 @@ if ldd /usr/bin/caffe | grep 'not found'; then exit 1; fi
 /usr/bin/caffe train --solver=solver.prototxt 2>&1 | tee train.log
 grep -q 'Optimization Done' train.log
 python3 - <<'PYTHON'
+import glob
+
 import caffe
+
 assert caffe.__file__ == "/usr/lib/python3/dist-packages/caffe/__init__.py"
-net = caffe.Net("train.prototxt", "_iter_200.caffemodel", caffe.TRAIN)
+model, = glob.glob("*_iter_200.caffemodel")
+net = caffe.Net("train.prototxt", model, caffe.TRAIN)
 accuracy = sum(float(net.forward()["accuracy"]) for _ in range(10)) / 10
 print("accuracy of the trained net in pycaffe: %.3f" % accuracy)
 assert accuracy > 0.9

@@ -3,9 +3,6 @@
 # Installs the Caffe that is built in $build, or makes a package of it. Sourced
 # by build_caffe.sh, after shell.sh.
 
-# Where an installation lists its files.
-record=share/caffe-lsoftmax/files
-
 # check_prefix PREFIX: early, before a long build.
 check_prefix() {
   local there=$1
@@ -29,46 +26,11 @@ stage() {
 
 # install_caffe PREFIX
 install_caffe() {
-  local prefix=$1 new=$1/.caffe-lsoftmax.new file foreign words
+  local prefix=$1
   stage
-  stage+=$prefix
-  mkdir -p -- "$stage/${record%/*}"
-  : > "$stage/$record"
-  (cd -- "$stage" && find . ! -type d -printf '%P\n' | sort > "$record")
   make_dir "$prefix"
-  foreign=$(while IFS= read -r file; do
-    if [[ -e $prefix/$file || -L $prefix/$file ]]; then echo "$file"; fi
-  done < "$stage/$record" | comm -23 - <(sort -- "$prefix/$record" 2> /dev/null))
-  [[ -z $foreign ]] ||
-    die "$prefix/${foreign%%$'\n'*} is there, and is not of an installation" \
-        "by this script ($(wc -l <<< "$foreign") such files in $prefix)." \
-        "Nothing was installed: choose another PREFIX, or move it away."
-
-  # Beside its place first: a disk that is full leaves all as it was.
-  rm -rf -- "$new"
-  trap 'rm -rf -- "$new"' EXIT
-  words=$(cp -a -- "$stage" "$new" 2>&1) || {
-    rm -rf -- "$new"
-    [[ ! $words =~ $disk_full ]] || die_of_full_disk "$prefix"
-    die "cannot write to $prefix: ${words##*: }"
-  }
-  # A run that is killed from here on is one that knows these files as its own.
-  mkdir -p -- "$prefix/${record%/*}"
-  touch -- "$prefix/$record"
-  sort -u -- "$prefix/$record" "$new/$record" > "$new/$record.all"
-  mv -f -- "$new/$record.all" "$prefix/$record"
-  while IFS= read -r file; do
-    if [[ -e $new/$file || -L $new/$file ]]; then
-      mkdir -p -- "$(dirname -- "$prefix/$file")"
-      [[ $file == "$record" ]] || mv -fT -- "$new/$file" "$prefix/$file"
-    else
-      rm -f -- "$prefix/$file"
-      rmdir -p -- "$(dirname -- "$prefix/$file")" 2> /dev/null || true
-    fi
-  done < "$prefix/$record"
-  mv -f -- "$new/$record" "$prefix/$record"
-  rm -rf -- "$new" "$build/package"
-  trap - EXIT
+  (umask 022 && "$python" cmake/install.py "$stage$prefix" "$prefix") || exit 1
+  rm -rf -- "$stage"
 
   pycaffe_works "$prefix/python" >> "$log" 2>&1 ||
     failed "pycaffe in $prefix/python does not work"

@@ -12,15 +12,16 @@ GENERIC = [
     (r"(?i)\brun this (again|as root)\b|: run \S|\binstall \S|\bmove it\b"
      r"|write to another file|remove that folder|add --bn|write one that does"
      r"|go on with --|go on from there|upgrade it with|convert it with"
-     r"|; wait for it|set CAFFE_ROOT|or name another folder",
+     r"|; wait for it|\bset \S+ to\b|CAFFE_ROOT to|or name another folder"
+     r"|is not installed$",
      "says itself what to do"),
-    (r"^(\.\.\.: )?(error: )?(cannot|could not) (write|read|unpack)"
+    (r"^(\.\.\.: )?(error: )?cannot (write|read|unpack|make|start)\b"
      r"|cannot be read|is the disk full|is there already; --force"
      r"|^no such (image|file)|no such directory|is a folder$|is empty$"
      r"|(, which|file \.\.\.) is not there$|is missing$|cannot run protoc",
      "names the file, and the system's reason where there is one"),
-    (r"^(-m|--[a-z-]+|margins|seeds|unknown|more than one|one DEST|OUT is"
-     r"|CAFFE_ROOT is|CUDA_HOME=)|^[^:]*--[a-z-]+ .* exclude each other"
+    (r"^(-m|--[a-z.-]+|margins|seeds|unknown|more than one|one DEST|OUT is"
+     r"|no command|which library|CAFFE_ROOT is|[A-Z_]+(=|: '\.\.\.' is no ))|^[^:]*--[a-z-]+ .* exclude each other"
      r"|needs a (field )?number|--revert takes no|is no range like"
      r"|: give --|[:;] (give|name|say) |\bis to be a |give it such a name"
      r"|Give it with",

@@ -17,7 +17,7 @@ check_prefix() {
 stage=
 stage() {
   stage=$build/package
-  rm -rf -- "$stage"
+  rm -rf -- "$stage" "$stage.deb"
   (umask 022 && DESTDIR=$stage cmake --install "$build" "$@") >> "$log" 2>&1 ||
     failed "CMake could not install Caffe"
   # CMake takes folders in which it installs nothing along.

@@ -28,8 +28,11 @@ stage() {
 install_caffe() {
   local prefix=$1
   stage
-  make_dir "$prefix"
-  (umask 022 && "$python" cmake/install.py "$stage$prefix" "$prefix") || exit 1
+  (umask 022 && make_dir "$prefix" &&
+     "$python" cmake/install.py "$stage$prefix" "$prefix") || {
+    rmdir -- "$prefix" 2> /dev/null || true
+    exit 1
+  }
   rm -rf -- "$stage"
 
   pycaffe_works "$prefix/python" >> "$log" 2>&1 ||

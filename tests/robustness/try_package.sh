@@ -25,7 +25,7 @@ status=$(dpkg-query -W -f '${db:Status-Status}' caffe-cpu || true)
 [[ $status != installed ]]
 
 if ldd /usr/bin/caffe | grep 'not found'; then exit 1; fi
-/usr/bin/caffe train --solver=solver.prototxt 2>&1 | tee train.log
+GLOG_logtostderr=1 /usr/bin/caffe train --solver=solver.prototxt 2>&1 | tee train.log
 grep -q 'Optimization Done' train.log
 python3 - <<'PYTHON'
 import glob

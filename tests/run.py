@@ -50,7 +50,7 @@ def main():
     args = parser.parse_args()
     # The tests leave no byte code beside the sources.
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    stages = Stages("build/test-logs", 12)
+    stages = Stages("build/test-logs", 12, locked=True)
     stages.stage("packages", None,
                  "false" if args.packages_failed else "true")
     stages.stage("build of Caffe", None, *shell("build_caffe", "--tests"))

@@ -22,6 +22,8 @@ for argument; do
   esac
 done
 
+one_at_a_time "$ROOT/build/test-logs/.lock"  # tests/run.py has it, too
+
 # The Debian package of the cargo on the PATH: cargo, cargo-web or cargo-1.89.
 cargo_package() {
   dpkg -S "$(readlink -f "$(command -v cargo)")" 2>/dev/null |

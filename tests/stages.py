@@ -66,22 +66,35 @@ def count(pattern, lines):
                for number in re.findall(pattern, line))
 
 
+def lock(folder):
+    """A file that keeps other programs out of a folder, which it makes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        sys.exit("error: cannot write to %s: %s"
+                 % (folder.relative_to(ROOT), error.strerror))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for another script that works in %s"
+            % folder.relative_to(ROOT))
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
 class Stages:
     """Runs stages; their logs go to a folder in which nobody else works."""
 
-    def __init__(self, folder, total):
+    def __init__(self, folder, total, locked=False):
+        """locked says that the caller has seen to it that nobody does."""
         self.folder = ROOT / folder
         self.total = total
         self.rows, self.closings = [], []
         self.passed = self.failed = self.skipped = self.number = 0
         self._log = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another run in %s" % folder)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        if not locked:
+            self._lock = lock(self.folder)
         for log in self.folder.glob("*.log"):
             log.unlink()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

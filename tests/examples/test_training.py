@@ -340,7 +340,7 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
     assert re.findall(r"mnist/mnist_\w+", net) == [
         "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
     assert not (here / "comparison/m2_seed1").exists()
-    assert not (here / "validation.new").exists()
+    assert not (here / "lmdb.new").exists()
 
     # Parts of different images are not put beside each other.
     shutil.rmtree(here / "mnist_validation_lmdb")

@@ -68,8 +68,8 @@ link=()
 pack=()
 if [[ $device == cpu ]]; then
   build=$root/build
-  [[ -x $build/tools/caffe && -x $build/test/test.testbin ]] &&
-    grep -q '^CPU_ONLY:[A-Z]*=ON$' "$build/CMakeCache.txt" 2> /dev/null ||
+  cpu_only=$(grep -s '^CPU_ONLY:[A-Z]*=ON$' "$build/CMakeCache.txt") || true
+  [[ $cpu_only && -x $build/tools/caffe && -x $build/test/test.testbin ]] ||
     die "there is no Caffe without CUDA and with its tests in $build" \
         "Run cmake/build_caffe.sh --cpu --tests first."
   check_flags=(-DCPU_ONLY "-Wl,-rpath,$build/lib")

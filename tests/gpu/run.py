@@ -29,7 +29,8 @@ import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
+# A bundle has all in one folder; elsewhere there is --help alone.
+sys.path[:0] = [HERE, os.path.join(HERE, "..", "..", "myexamples")]
 
 import checks  # noqa: E402
 import images  # noqa: E402
@@ -223,8 +224,11 @@ def call(args):
         ended = None
         try:
             for part in parts:
-                names = [name for p, name in chosen if p == part
-                         and results.status(part, name) != PASSED]
+                # What fails, and perhaps takes long, comes last.
+                names = sorted((name for p, name in chosen if p == part
+                                and results.status(part, name) != PASSED),
+                               key=lambda name: results.status(
+                                   part, name) == FAILED)
                 if names:
                     run_part(run, part, names, args.words
                              if args.part else [], args.jobs)

@@ -114,7 +114,8 @@ def fields(path):
             if key & 7 == 0:
                 varint()
             elif key & 7 == 2:
-                at += varint()
+                size = varint()
+                at += size
             else:
                 at += {1: 8, 5: 4}[key & 7]
             found.add(key >> 3)

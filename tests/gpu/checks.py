@@ -67,11 +67,11 @@ class Run:
         if status == FAILED:
             show_end(self.log(part + " " + name))
 
-    def run(self, command, log, cwd=None):
+    def run(self, command, log, cwd=None, watch=None):
         """Runs a command of the host's in a step."""
         return processes.run(command, log, self.limit,
                              self.host.environment(),
-                             cwd or self.bundle_folder)
+                             cwd or self.bundle_folder, watch)
 
 
 def say(text):
@@ -271,13 +271,16 @@ def _benchmark(run, row, log):
         return SKIPPED, {"words": "Caffe is built without cuDNN"}
     if run.rehearsal:
         words = (row.small or row.words) + ["2"]
-    status = run.run(run.host.command("gpu_check", "time", *words), log)
+    clocks = [{}]  # those at its end, as far as can be seen from here
+    status = run.run(run.host.command("gpu_check", "time", *words), log,
+                     watch=lambda: clocks.append(host.clocks())
+                     if run.host.is_gpu else None)
     with open(log, errors="replace") as file:
         lines = [line for line in file if line.startswith("{")]
     if status != 0 or not lines:
         return FAILED, {"words": "gpu_check ended with %d" % status}
     entry = json.loads(lines[-1])
-    entry["clocks"] = host.clocks() if run.host.is_gpu else {}
+    entry["clocks"] = clocks[-1]
     entry["budgets"] = judge(row.budgets, entry, run.rehearsal)
     entry["words"] = "%.4f ms, theirs %.4f, ratio %.3f" % (
         entry["ours_ms"], entry["theirs_ms"], entry["ratio"])

@@ -17,8 +17,7 @@ _CARD = {"name": "card", "driver_version": "driver", "uuid": "uuid",
          "clocks.max.sm": "sm_clock_max_mhz",
          "clocks.max.memory": "memory_clock_max_mhz"}
 _CLOCKS = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz",
-           "temperature.gpu": "celsius", "power.draw": "watt",
-           "clocks_throttle_reasons.active": "throttled"}
+           "temperature.gpu": "celsius", "power.draw": "watt"}
 
 
 def _smi(fields):

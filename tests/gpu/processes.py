@@ -80,10 +80,11 @@ def end(processes, number, grace):
             process.wait()
 
 
-def run(command, log, limit, env, cwd):
+def run(command, log, limit, env, cwd, watch=None):
     """Runs a command to its end; returns its exit status.
 
     Raises OutOfTime, with the command ended, where the limit comes first.
+    watch is called now and then while the command runs.
     """
     process = start(command, log, env, cwd)
     try:
@@ -91,7 +92,8 @@ def run(command, log, limit, env, cwd):
             try:
                 return process.wait(min(0.2, limit.left()))
             except subprocess.TimeoutExpired:
-                pass
+                if watch:
+                    watch()
         raise OutOfTime()
     finally:
         if process.poll() is None:

@@ -277,9 +277,13 @@ def _benchmark(run, row, log):
                      if run.host.is_gpu else None)
     with open(log, errors="replace") as file:
         lines = [line for line in file if line.startswith("{")]
-    if status != 0 or not lines:
-        return FAILED, {"words": "gpu_check ended with %d" % status}
-    entry = json.loads(lines[-1])
+    try:
+        entry = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        status = status or 1
+    if status != 0:
+        return FAILED, {"words": "gpu_check ended with %d and no times"
+                        % status}
     entry["clocks"] = clocks[-1]
     entry["budgets"] = judge(row.budgets, entry, run.rehearsal)
     entry["words"] = "%.4f ms, theirs %.4f, ratio %.3f" % (

@@ -205,7 +205,7 @@ float Milliseconds(int repeats, const Run& run) {
   caffe::Timer timer;
   timer.Start();
   for (int i = 0; i < repeats; ++i) { run(); }
-  return timer.MilliSeconds();
+  return timer.MicroSeconds() / 1000;
 }
 
 double Median(vector<double> values) {

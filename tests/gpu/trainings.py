@@ -232,15 +232,16 @@ class Training:
     def note(self, words=None):
         """Writes down how far a training is that has stopped or ended."""
         history = self.history()
-        last = history.train[-1].values if history.train else {}
+        # The very last line of a training has a loss and nothing else.
+        last = {name: (history.curve("train", name)[1] or [None])[-1]
+                for name in ("loss", "lambda")}
         iterations, accuracies = history.accuracies()
         more = {"words": words} if words else {}
         self.keep(BEGUN, iteration=(snapshots(self.folder) or [0])[0],
                   seconds=round(self.entry.get("seconds", 0)
                                 + time.monotonic() - self.begin, 1),
-                  **{"loss": last.get("loss"), "lambda": last.get("lambda")},
                   tests=[[i, a] for i, a in zip(iterations, accuracies)],
-                  **more)
+                  **last, **more)
         self.begin = time.monotonic()
 
     def finish(self):

@@ -390,8 +390,10 @@ def test_data_comes_in_pieces(bundle, tmp_path):
     out = bundle.run("data", pieces[0].parent)
     assert "cifar10: without data_batch_3.bin" in out
     assert "mnist: all there" in out
-    out = bundle.run("paper", "cifar10", "m=2")
-    assert "skipped, without its images (data_batch_3.bin" in out
+    out = bundle.run("paper", "cifar10", status=1)
+    assert "error: paper cifar10: without its images (data_batch_3.bin" in out
+    out = bundle.run("paper", "m=2")
+    assert "cifar10: skipped, without its images (data_batch_3.bin" in out
     out = bundle.run("data", pieces[2].parent, pieces[4], pieces[5])
     assert "cifar10: all there" in out
     out = bundle.run("paper", "cifar10", "m=2")

@@ -50,10 +50,10 @@ fi
 [[ ! -e $dest || -e $dest/bundle.json ]] ||
   die "$dest is there, and is no bundle; name a folder that is not there"
 
-one_at_a_time "$out/lock"
+one_at_a_time "$out/$device.lock"
 root=${CAFFE_ROOT:-$project/build/caffe}
 root=$(realpath -m -- "$root")
-log=$out/bundle.log
+log=$out/bundle-$device.log
 : > "$log"
 failed() {
   tail -n 30 "$log" >&2

@@ -122,7 +122,8 @@ def run_part(run, part, names, words, jobs):
     """Runs steps of a part, one after the other; trainings at once."""
     if part == "paper":
         trainings.run_paper(run, [step for step in _paper_steps(words)
-                                  if trainings.label(*step) in names], jobs)
+                                  if trainings.label(*step) in names], words,
+                            jobs)
         return
     for name in names:
         if run.limit.left() <= 0:
@@ -210,11 +211,11 @@ def call(args):
         if args.part == "data":
             images.take(checks.Run(None, results, limit, HERE), args.words)
             return 0
+        limit.heed_signals()
         host = Host(bundle, folder)
         results.begin(host.machine, sys.argv[1:])
         say("%s, driver %s; results in %s" % (
             host.machine["card"], host.machine["driver"], folder))
-        limit.heed_signals()
         run = checks.Run(host, results, limit, HERE)
         if args.again:
             for part, name in chosen:

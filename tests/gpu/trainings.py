@@ -295,18 +295,24 @@ def forget(run, name):
         os.rename(folder, "%s.%d" % (folder, time.time()))
 
 
-def run_paper(run, steps, jobs):
-    """Trains the steps, a net after the other, jobs of one net at once."""
+def run_paper(run, steps, named, jobs):
+    """Trains the steps, a net after the other, jobs of one net at once.
+
+    A net without its images is left out, unless it is among those named.
+    """
     for net in FILES:
         wanted = [Training(run, *step) for step in steps if step[0] == net]
         if not wanted:
             continue
         lacking = images.missing(run, net)
         if lacking:
+            words = ("without its images (%s): run.sh data PATH takes them"
+                     % ", ".join(lacking))
+            if net in named:
+                raise UserError("paper %s: %s" % (net, words))
             for training in wanted:
-                training.keep(SKIPPED, words="without its images (%s): run.sh "
-                              "data PATH takes them" % ", ".join(lacking))
-            say("paper %s: skipped, %s" % (net, wanted[0].entry["words"]))
+                training.keep(SKIPPED, words=words)
+            say("paper %s: skipped, %s" % (net, words))
             continue
         images.make(run, net)
         _train(run, net, wanted, jobs)

@@ -68,7 +68,7 @@ import json, os, sys, time
 state = os.environ["STATE"]
 if sys.argv[1] == "device":
     if os.path.exists(state + "/no_gpu"):
-        sys.exit("gpu_check: no usable GPU: no CUDA-capable device is detected")
+        sys.exit("gpu_check: no usable GPU: no device is detected")
     print(open(state + "/device").read())
 elif sys.argv[1] == "parity":
     with open(state + "/parity", "a") as file:

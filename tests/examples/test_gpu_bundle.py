@@ -207,11 +207,11 @@ def test_goes_on_after_a_signal(bundle, number):
     newest = trainings.snapshots(folder)[0]
     state = folder / ("model_iter_%d.solverstate" % newest)
     state.write_bytes(state.read_bytes()[:-1])
-    assert trainings.snapshots(folder)[0] < newest
+    left = trainings.snapshots(folder)[0]
+    assert 0 < left < newest
     bundle.write("rate", "5000")
     out = bundle.run("paper", "mnist", "m=1")
-    assert "going on from iteration %d" % trainings.snapshots(folder)[1] or out
-    assert "going on from iteration" in out
+    assert "going on from iteration %d\n" % left in out
     assert bundle.found()["paper"]["mnist m=1"]["error_percent"] == 0.31
 
 
@@ -338,7 +338,7 @@ def test_cudnn_root_comes_first(bundle, tmp_path):
 def test_library_that_is_missing(bundle):
     bundle.write_bundle(libraries=["libcublas.so.13", "libcudnn.so.99"])
     out = bundle.run(status=1)
-    assert "Caffe needs libcudnn.so.99, which this machine does not have" in out
+    assert "Caffe needs libcudnn.so.99, which this machine does not" in out
     assert "pip install" in out
 
 
@@ -352,8 +352,8 @@ def test_no_driver(bundle):
 def test_no_gpu(bundle):
     bundle.write("no_gpu", "")
     out = bundle.run(status=1)
-    assert out == ("run.sh: error: the GPU cannot be used: gpu_check: no usable "
-                   "GPU: no CUDA-capable device is detected\n")
+    assert out == ("run.sh: error: the GPU cannot be used: gpu_check: no "
+                   "usable GPU: no device is detected\n")
 
 
 def test_results_of_two_cards_do_not_mix(bundle):
@@ -473,9 +473,9 @@ def test_prototxts(pb, net, m):
 
 def test_snapshots_that_are_whole(tmp_path):
     def write(iteration, model, state):
-        (tmp_path / ("model_iter_%d.caffemodel" % iteration)).write_bytes(model)
-        (tmp_path / ("model_iter_%d.solverstate" % iteration)).write_bytes(
-            state)
+        prefix = tmp_path / ("model_iter_%d" % iteration)
+        prefix.with_suffix(".caffemodel").write_bytes(model)
+        prefix.with_suffix(".solverstate").write_bytes(state)
 
     model = b"\x0a\x01n\xa2\x06\x05layer"
     state = b"\x08\x05\x1a\x03abc\x20\x00"

@@ -32,7 +32,8 @@ class Run:
 
     def log(self, step):
         """The file of a step's output."""
-        return os.path.join(self.logs, re.sub(r"[^\w.=-]+", "-", step) + ".log")
+        name = re.sub(r"[^\w.=-]+", "-", step) + ".log"
+        return os.path.join(self.logs, name)
 
     def fresh_log(self, step):
         """The same, empty."""

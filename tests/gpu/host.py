@@ -1,4 +1,4 @@
-"""What the machine brings: CUDA's libraries, the card, a way to start Caffe."""
+"""What the machine brings: CUDA's libraries, the card, a start for Caffe."""
 import glob
 import json
 import os
@@ -42,7 +42,8 @@ def _pythons_folders():
     folders = list(sys.path)
     for python in ("python3", "/usr/bin/python3", "python"):
         # Without importing anything: PyTorch alone takes seconds.
-        text = output([python, "-c", "import sys; print(*sys.path, sep='\\n')"])
+        text = output([python, "-c",
+                       "import sys; print(*sys.path, sep='\\n')"])
         folders += (text or "").splitlines()
     for base in (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"),
                  "/usr/local", "/usr", "/opt/*", "/opt/*/.venv"):

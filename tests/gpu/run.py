@@ -1,10 +1,10 @@
 """Tests, times and trains the layers on a machine with a GPU.
 
   run.sh                        all that is left of the parts, in this order:
-  run.sh tests [WORD...]        the layers' tests in Caffe, GPU against CPU, the
-                                same training twice, compute-sanitizer
-  run.sh benchmark [WORD...]    times beside Caffe's layers and cuDNN's, and the
-                                bandwidth of a copy, with the budgets
+  run.sh tests [WORD...]        the layers' tests in Caffe, GPU against CPU,
+                                the same training twice, compute-sanitizer
+  run.sh benchmark [WORD...]    times beside Caffe's layers and cuDNN's, and
+                                the bandwidth of a copy, with the budgets
   run.sh profile                Nsight Compute (ncu) on the layers' kernels
   run.sh paper [NET] [m=M...]   the nets of the paper, mnist and cifar10, to
                                 iteration 10000, those of one net at once

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Tests, times and trains the layers on a machine with a GPU; needs Python 3 and
-# nothing else of it. Made for the folder that tests/gpu/bundle.sh packs.
+# Starts run.py, in the folder that tests/gpu/bundle.sh packs, in a Python 3.
 # Usage: run.sh [OPTION...] [PART [WORD...]]; run.sh --help lists the parts.
 for python in python3 /usr/bin/python3 python; do
   if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2> /dev/null; then

@@ -1,6 +1,7 @@
 """The parts tests, benchmark and profile."""
 import csv
 import filecmp
+import glob
 import json
 import os
 import re
@@ -192,9 +193,10 @@ def _sanitizer(run, tool, which, log):
 
 def find_tool(name):
     """A tool of CUDA's; None where it is not there."""
-    path = os.environ.get("PATH", "") + ":%s/bin" % os.environ.get(
-        "CUDA_HOME", "/usr/local/cuda")
-    return shutil.which(name, path=path)
+    folders = [os.environ.get("PATH", ""),
+               os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
+    folders += sorted(glob.glob("/opt/nvidia/nsight-compute/*"), reverse=True)
+    return shutil.which(name, path=":".join(folders))
 
 
 # ---- Benchmark ----

@@ -127,6 +127,10 @@ def program(path, text):
     path.chmod(0o755)
 
 
+GTESTS = ["%s/%d" % (case, number) for case in (
+    "LargeMarginInnerProductLayerTest", "BNLayerTest") for number in range(4)]
+
+
 class Bundle:
     """The folder, and the machine around it."""
 
@@ -188,7 +192,7 @@ class Bundle:
         (self.root / "bundle.json").write_text(json.dumps({
             "revision": "abc", "device": "cuda", "archs": "80 90",
             "libraries": ["libcublas.so.13", "libcudnn.so.9"],
-            "images": "MNIST", **fields}))
+            "images": "MNIST", "gtests": GTESTS, **fields}))
 
     def start(self, *args, env=None):
         return subprocess.Popen(

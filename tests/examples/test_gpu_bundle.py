@@ -13,7 +13,7 @@ import time
 import pytest
 
 from conftest import CAFFE_ROOT, ROOT
-from gpu_bundle import Bundle, program
+from gpu_bundle import GTESTS, Bundle, program
 from small_mnist import small_mnist
 
 sys.path.insert(0, os.path.join(ROOT, "tests/gpu"))
@@ -54,6 +54,10 @@ def test_rehearsal_on_the_cpu(tree, caffe_root, tmp_path):
     done = tree.run("../tests/gpu/bundle.sh", "--cpu", dest)
     assert done.returncode == 0, done.stdout
     assert "done: %s" % dest in last_line(done.stdout)
+
+    cases = json.loads((dest / "bundle.json").read_text())["gtests"]
+    assert {"BNLayerDeathTest/0", "BNLayerTest/1",
+            "LargeMarginInnerProductLayerDataParallelTest/0"} <= set(cases)
 
     def run(*words, status=0):
         done = tree.run("../a bundle/run.sh", "--results", out, *words)
@@ -107,7 +111,7 @@ def test_all_parts(bundle):
     found = bundle.found()
     assert found["machine"]["card"] == "Stand-in 9000"
     assert found["machine"]["driver"] == "580.1"
-    assert set(found["tests"]) == set(checks.test_names(True))
+    assert set(found["tests"]) == set(checks.test_names({"gtests": GTESTS}))
     assert found["tests"]["gtest BNLayerTest/3"]["words"] == (
         "7 tests passed (GPUDevice<float>)")
     assert len((bundle.state / "parity").read_text().splitlines()) == 4
@@ -137,7 +141,7 @@ def test_parts_by_name(bundle):
     assert set(bundle.found()["paper"]) == {"mnist m=1", "mnist m=4",
                                             "cifar10 m=4"}
     out = bundle.run("list")
-    assert len(out.splitlines()) == (len(checks.test_names(True))
+    assert len(out.splitlines()) == (len(checks.test_names({"gtests": GTESTS}))
                                      + len(checks.ROWS) + 1 + 4 + 2)
 
 

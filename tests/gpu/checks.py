@@ -16,8 +16,6 @@ from processes import OutOfTime
 PARITY = ["%s %s" % (layer, dtype) for layer in ("margin", "bn")
           for dtype in ("float", "double")]
 SANITIZERS = ["memcheck", "racecheck"]
-GTESTS = ["LargeMarginInnerProductLayerTest",
-          "LargeMarginInnerProductLayerDataParallelTest", "BNLayerTest"]
 
 
 class Run:
@@ -90,11 +88,9 @@ def show_end(log, lines=15):
 
 # ---- Tests ----
 
-def test_names(is_gpu):
+def test_names(bundle):
     """The steps of the part tests, in their order."""
-    # Caffe numbers its type parameters: CPU float, double, GPU float, double.
-    names = ["gtest %s/%d" % (test, number) for test in GTESTS
-             for number in range(4 if is_gpu else 2)]
+    names = ["gtest " + case for case in bundle["gtests"]]
     names += ["parity " + which for which in PARITY] + ["training"]
     return names + ["%s %s" % (tool, which) for tool in SANITIZERS
                     for which in PARITY]

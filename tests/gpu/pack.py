@@ -91,6 +91,15 @@ def pack_libraries(part, build, search):
     return of_the_host
 
 
+def gtest_cases(part, search):
+    """The cases of the packed test.testbin, in its order."""
+    listing = subprocess.run(
+        [os.path.join(part, "bin/test.testbin"), "--gtest_list_tests"],
+        env=dict(os.environ, LD_LIBRARY_PATH=":".join(search)), check=True,
+        universal_newlines=True, stdout=subprocess.PIPE).stdout
+    return re.findall(r"^(\w+/\d+)\.", listing, re.M)
+
+
 def pack_images(part):
     """The files of myexamples/mnist/data, gzipped; returns their name."""
     data = os.path.join(ROOT, "myexamples/mnist/data")
@@ -149,7 +158,8 @@ def pack(args, part):
     with open(os.path.join(part, "bundle.json"), "w") as file:
         json.dump({"revision": revision(), "device": args.device,
                    "archs": args.archs, "libraries": libraries,
-                   "images": images}, file, indent=2)
+                   "images": images,
+                   "gtests": gtest_cases(part, args.search)}, file, indent=2)
         file.write("\n")
 
 

@@ -107,10 +107,10 @@ def _paper_steps(words):
     return trainings.names(nets, margins)
 
 
-def steps_of(part, words, is_gpu):
+def steps_of(part, words, bundle):
     """The names of the chosen steps of a part."""
     if part == "tests":
-        return _with_words(part, checks.test_names(is_gpu), words)
+        return _with_words(part, checks.test_names(bundle), words)
     if part == "benchmark":
         return _with_words(part, checks.benchmark_names(), words)
     if part == "profile":
@@ -136,10 +136,10 @@ def run_part(run, part, names, words, jobs):
             checks.run_profile(run)
 
 
-def list_steps(results, is_gpu):
+def list_steps(results, bundle):
     """Prints all steps with their states."""
     for part in PARTS:
-        for name in steps_of(part, [], is_gpu):
+        for name in steps_of(part, [], bundle):
             entry = results.data[part].get(name, {})
             words = entry.get("words", "")
             if "iterations" in entry and not words:
@@ -189,24 +189,23 @@ def call(args):
     """One call of run.sh."""
     limit = Limit(args.limit)
     bundle = read_bundle()
-    is_gpu = bundle["device"] == "cuda"
-    rehearsal = args.dry_run or not is_gpu
+    rehearsal = args.dry_run or bundle["device"] == "cpu"
     parts = [args.part] if args.part in PARTS else PARTS
     # Said before anything is done.
     chosen = [(part, name) for part in parts for name in steps_of(
-        part, args.words if args.part in PARTS else [], is_gpu)]
+        part, args.words if args.part in PARTS else [], bundle)]
     if args.words and args.part == "list":
         raise UserError("list takes no words")
     folder = os.path.abspath(args.results or (
         "rehearsal" if rehearsal else "results"))
     if args.part == "list" and not os.path.isdir(folder):
-        list_steps(Results(folder, bundle, rehearsal), is_gpu)
+        list_steps(Results(folder, bundle, rehearsal), bundle)
         return 0
     os.makedirs(folder, exist_ok=True)
     with one_at_a_time(folder):
         results = Results(folder, bundle, rehearsal)
         if args.part == "list":
-            list_steps(results, is_gpu)
+            list_steps(results, bundle)
             return 0
         if args.part == "data":
             images.take(checks.Run(None, results, limit, HERE), args.words)

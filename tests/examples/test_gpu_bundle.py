@@ -360,6 +360,25 @@ def test_no_gpu(bundle):
                    "usable GPU: no device is detected\n")
 
 
+def test_older_c_library(bundle):
+    """Programs that do not start by themselves do with the folder's own."""
+    for name in ("caffe", "gpu_check"):
+        path = bundle.root / "bin" / name
+        program(path, "import os, sys\n'LOADED' in os.environ or "
+                "sys.exit('GLIBC_2.36 not found')\n" + path.read_text())
+    loader = bundle.root / "lib/c/ld-linux-x86-64.so.2"
+    loader.parent.mkdir(parents=True)
+    loader.write_text('#!/bin/bash\n[[ $1 == --argv0 && $2 == */bin/* && '
+                      '$3 == --library-path && $4 == *cudnn/lib* ]] && '
+                      'LOADED=1 exec "${@:5}"\n')
+    loader.chmod(0o755)
+    bundle.run("tests", "parity margin float")
+    bundle.run("paper", "mnist", "m=1")
+    loader.unlink()
+    out = bundle.run("tests", "parity bn float", status=1)
+    assert "Caffe does not start on this machine" in out
+
+
 def test_results_of_two_cards_do_not_mix(bundle):
     bundle.run("tests", "parity margin float")
     program(bundle.tools / "nvidia-smi", (

@@ -145,7 +145,7 @@ def list_steps(results, bundle):
             if "iterations" in entry and not words:
                 words = "%d of %d iterations" % (entry.get("iteration", 0),
                                                  entry["iterations"])
-            print("%-10s %-50s %-8s %s" % (
+            print("%-10s %-55s %-8s %s" % (
                 part, name, entry.get("status", "-"), words))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds BVLC Caffe with the LargeMarginInnerProduct and BN layers.
 #
-# Usage: cmake/build_caffe.sh [--cpu|--cuda] [--tests] [--jobs N]
+# Usage: cmake/build_caffe.sh [--cpu|--cuda [--nccl]] [--tests] [--jobs N]
 #        cmake/build_caffe.sh [OPTION...] --install PREFIX
 #        cmake/build_caffe.sh [OPTION...] --deb
 #        cmake/build_caffe.sh --source
@@ -19,6 +19,8 @@
 #   --cuda    build with CUDA
 #             Without either: as it was built before; the first time with CUDA
 #             if nvcc and an NVIDIA GPU are found.
+#   --nccl    with NCCL, for training on several GPUs: the system's or what
+#             cmake/nvidia_library.sh finds or gets. Later builds keep it.
 #   --tests   also build the layers' tests, build/test/test.testbin
 #   --jobs N  compile N files at once (all cores)
 #   --install PREFIX
@@ -47,6 +49,7 @@
 export LC_ALL=C  # the messages of the programs are read
 
 device=
+nccl=
 tests=
 source_only=
 packages_only=
@@ -59,6 +62,7 @@ while (( $# )); do
       [[ -z $device || $device == "${1#--}" ]] ||
         die "--cpu and --cuda exclude each other"
       device=${1#--} ;;
+    --nccl) nccl=1 ;;
     --tests) tests=1 ;;
     --source) source_only=1 ;;
     --packages) packages_only=1 ;;
@@ -237,6 +241,7 @@ fi
 options=(-DCMAKE_BUILD_TYPE=Release -DBLAS=Open -DBUILD_docs=OFF
          -Dpython_version=3 "-DPYTHON_EXECUTABLE=$python")
 if [[ $device == cpu ]]; then
+  [[ ! $nccl ]] || die "--nccl is for a build with CUDA: add --cuda"
   options+=(-DCPU_ONLY=ON)
 else
   cuda=$("$project/cmake/cuda_toolkit.sh")
@@ -251,6 +256,18 @@ else
   if [[ $compiler ]]; then
     say "the CUDA compiler takes $compiler as its host compiler"
     options+=("-DCUDA_HOST_COMPILER=$compiler")
+  fi
+  if [[ $nccl ]]; then
+    grep -q USE_NCCL "$root/CMakeLists.txt" ||
+      die "the Caffe in $root knows no NCCL: BVLC Caffe has it from rc4 on"
+    options+=(-DUSE_NCCL=ON)
+    # Caffe finds the system's by itself.
+    if [[ ${NCCL_DIR:-} || ! -e /usr/include/nccl.h &&
+          ! -e /usr/local/include/nccl.h ]]; then
+      library=$("$project/cmake/nvidia_library.sh" nccl)
+      options+=("-DNCCL_INCLUDE_DIR=${library%/*/*}/include"
+                "-DNCCL_LIBRARIES=$library")
+    fi
   fi
 fi
 if [[ $tests ]]; then

@@ -188,6 +188,26 @@ need_packages() {
   rm -f -- "$log"
 }
 
+# ---- PyPI ----
+
+# find_pip: sets pip to the command. Fails where there is none.
+find_pip() {
+  local candidate
+  for candidate in "$python" python3; do
+    if "$candidate" -m pip --version > /dev/null 2>&1; then
+      pip=("$candidate" -m pip)
+      return
+    fi
+  done
+  return 1
+}
+
+# pip_unpack DEST PACKAGE...: the files of these packages, and of no other.
+pip_unpack() {
+  PIP_ROOT_USER_ACTION=ignore "${pip[@]}" --disable-pip-version-check install \
+      --no-deps --only-binary :all: --no-compile --target "$@" >&2
+}
+
 # ---- Versions ----
 
 at_least() {  # VERSION MINIMUM

@@ -860,6 +860,48 @@ def test_cuda_architectures_that_nvcc_does_not_know(world, cuda):
     assert "knows none of this machine's GPUs" in out
 
 
+@pytest.fixture
+def nccl(world, cuda):
+    """NCCL, as NVIDIA's package for Python has it."""
+    with open(world.caffe / "CMakeLists.txt", "a") as file:
+        file.write('caffe_option(USE_NCCL "Build Caffe with NCCL" OFF)\n')
+    home = world.folder / "my nccl"
+    (home / "include").mkdir(parents=True)
+    (home / "include/nccl.h").touch()
+    (home / "lib").mkdir()
+    (home / "lib/libnccl.so.2").touch()
+    return {**cuda, "NCCL_DIR": str(home)}
+
+
+def test_nccl(world, nccl):
+    world.run("--cuda", "--nccl", status=0, **nccl)
+    calls = world.cmake_calls()
+    assert "-DUSE_NCCL=ON" in calls
+    assert f"-DNCCL_INCLUDE_DIR={nccl['NCCL_DIR']}/include" in calls
+    assert f"-DNCCL_LIBRARIES={nccl['NCCL_DIR']}/lib/libnccl.so.2" in calls
+    (world.state / "cmake.log").unlink()
+    world.run("--cuda", status=0, **nccl)
+    assert "NCCL" not in world.cmake_calls()  # CMake keeps what it was told
+
+
+def test_nccl_that_is_not_there(world, nccl):
+    nccl["NCCL_DIR"] = str(world.folder)
+    out = world.run("--cuda", "--nccl", status=1, **nccl)
+    assert f"NCCL_DIR={world.folder} has no include/nccl.h" in out
+    assert not world.cmake_calls()
+
+
+def test_nccl_needs_cuda(world, tree):
+    out = world.run("--cpu", "--nccl", status=1)
+    assert "--nccl is for a build with CUDA" in out
+
+
+def test_nccl_came_after_rc3(world, cuda):
+    out = world.run("--cuda", "--nccl", status=1, **cuda)
+    assert "knows no NCCL: BVLC Caffe has it from rc4 on" in out
+    assert not world.cmake_calls()
+
+
 # ---- Several at once ----
 
 def test_waits_for_another_run(world, tree):

@@ -11,8 +11,13 @@ RISING, SITTING = 3, 4
 # What the loss must rise by in those, and the share of ln(classes) that it
 # must come to: with a falling lambda it rises a little, as it should.
 RISE, HIGH = 1.5, 0.5
-# Between these shares of ln(classes) a loss is that of guessing.
-GUESSING = 0.9, 1.05
+# Between these shares of ln(classes) a loss is that of guessing (with all of
+# the margin of m = 4 a net of ten classes sits at 0.8), where it has fallen by
+# less than FLAT in SITTING rows and in this share of max_iter.
+GUESSING, FLAT, SPAN = (0.75, 1.05), 0.03, 0.02
+# A loss of this many times ln(classes) and that of the start is no loss of a
+# training that learns.
+LEAP_OF_LOSS = 2
 # What the mean norm of the features grows to, from its least and from one row
 # to the next.
 GROWTH, LEAP = 20, 4
@@ -54,7 +59,7 @@ class EarlyWarning:
         self._rows.append(row)
         alarms = []
         for check in (self._saturated, self._not_finite, self._exploding,
-                      self._rising, self._guessing):
+                      self._leaping, self._rising, self._guessing):
             alarm = check()
             # One cause has many symptoms: the first tells.
             if alarm:
@@ -92,7 +97,7 @@ class EarlyWarning:
 
     # ---- The cause ----
 
-    def _blame(self, good):
+    def _blame(self):
         """The likely cause of a loss that blew up, and its words."""
         row = self._rows[-1]
         descent, rate = row.descent(), row.values.get("lr")
@@ -128,7 +133,7 @@ class EarlyWarning:
         bad = [loss for loss in losses if is_diverged(loss)]
         if not bad:
             return None
-        cause, words = self._blame(self._before())
+        cause, words = self._blame()
         return Alarm(
             "saturated", row.iteration, self._before(), cause,
             "the loss is %g%s, so the net has stopped learning: %s" % (
@@ -139,7 +144,7 @@ class EarlyWarning:
         row = self._rows[-1]
         for layer, margin in row.margins.items():
             if margin["not_finite"]:
-                cause, words = self._blame(self._before())
+                cause, words = self._blame()
                 return Alarm(
                     "saturated", row.iteration, self._before(), cause,
                     "%d of %d samples of layer '%s' have features or weights "
@@ -158,7 +163,7 @@ class EarlyWarning:
                 continue
             if norms[-1] > GROWTH * min(norms) and norms[-1] > (
                     LEAP * norms[-2]):
-                cause, words = self._blame(rows[-2].iteration)
+                cause, words = self._blame()
                 return Alarm(
                     "exploding", rows[-1].iteration, rows[-2].iteration,
                     cause, "the features of layer '%s' explode: their mean "
@@ -166,6 +171,19 @@ class EarlyWarning:
                         layer, norms[-2], norms[-1], rows[-2].iteration,
                         words))
         return None
+
+    def _leaping(self):
+        """A loss far above that of guessing and of the start."""
+        guess, loss = self._guess(), self._loss(self._rows[-1])
+        if guess is None or len(self._rows) < 2:
+            return None
+        if not loss > LEAP_OF_LOSS * max(guess, self._loss(self._rows[0])):
+            return None
+        cause, words = self._blame()
+        return Alarm(
+            "leaping", self._rows[-1].iteration, self._before(), cause,
+            "the loss is %.4g, far above ln(classes) = %.4g, that of guessing:"
+            " %s" % (loss, guess, words))
 
     def _rising(self):
         losses, guess = self._losses(RISING + 1), self._guess()
@@ -187,4 +205,34 @@ class EarlyWarning:
                 losses[0], losses[-1], descents[0], descents[-1]))
 
     def _guessing(self):
-        return None
+        """A loss that stays where a net that guesses has it. At iteration 0
+        it is there rightly; a net of many classes leaves it slowly."""
+        guess = self._guess()
+        rows = self._rows[-SITTING - 1:]
+        if guess is None or len(rows) <= SITTING:
+            return None
+        losses = [self._loss(row) for row in rows]
+        span = rows[-1].iteration - rows[0].iteration
+        low, high = (share * guess for share in GUESSING)
+        if not (rows[0].iteration > 0
+                and span >= SPAN * (self._head.max_iter or 0)
+                and all(low <= loss <= high for loss in losses)
+                and losses[-1] > (1 - FLAT) * max(losses)):
+            return None
+        # It may have been lower once.
+        learned = [row.iteration for row in self._rows
+                   if self._loss(row) < low]
+        start = next((row.iteration for row in self._rows if
+                      row.descent() is not None and row.descent() < 1), None)
+        if start is not None and start <= rows[0].iteration:
+            cause, words = "descent", (
+                "lambda was under 1 at iteration %d, likely too early: start "
+                "again with a larger base or a smaller gamma "
+                "(myexamples/plot_lambda.py draws it)" % start)
+        else:
+            cause, words = self._blame()
+        return Alarm(
+            "guessing", rows[-1].iteration, learned[-1] if learned else None,
+            cause, "the loss sits at %.4g since iteration %d, near ln(classes)"
+            " = %.4g, that of guessing: %s" % (
+                losses[-1], rows[0].iteration, guess, words))

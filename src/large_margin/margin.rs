@@ -67,7 +67,7 @@ impl Margin {
             (t_prev, t) = (t, 2.0 * c * t - t_prev);
             (u_prev, u) = (u, 2.0 * c * u - u_prev);
         }
-        let sign = if k % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = if k.is_multiple_of(2) { 1.0 } else { -1.0 };
         (sign * t - 2.0 * k as f64, sign * f64::from(self.m) * u)
     }
 }

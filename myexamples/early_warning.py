@@ -11,6 +11,8 @@ RISING, SITTING = 3, 4
 # What the loss must rise by in those, and the share of ln(classes) that it
 # must come to: with a falling lambda it rises a little, as it should.
 RISE, HIGH = 1.5, 0.5
+# By so many degrees the mean angle falls where features follow the margin.
+TURN = 1
 # Between these shares of ln(classes) a loss is that of guessing (with all of
 # the margin of m = 4 a net of ten classes sits at 0.8), where it has fallen by
 # less than FLAT in SITTING rows and in this share of max_iter.
@@ -177,7 +179,10 @@ class EarlyWarning:
         guess, loss = self._guess(), self._loss(self._rows[-1])
         if guess is None or len(self._rows) < 2:
             return None
-        if not loss > LEAP_OF_LOSS * max(guess, self._loss(self._rows[0])):
+        descent = self._rows[-1].descent()
+        # A margin that has weight puts even a net that learns that high.
+        if (not loss > LEAP_OF_LOSS * max(guess, self._loss(self._rows[0]))
+                or descent is not None and descent < PLAIN):
             return None
         cause, words = self._blame()
         return Alarm(
@@ -194,7 +199,7 @@ class EarlyWarning:
         descents = [row.descent() for row in rows]
         falls = None not in descents and descents[0] > descents[-1]
         if not (rises and falls and losses[-1] > RISE * losses[0]
-                and losses[-1] > HIGH * guess):
+                and losses[-1] > HIGH * guess) or self._turning(rows):
             return None
         return Alarm(
             "rising", rows[-1].iteration, rows[0].iteration, "descent",
@@ -203,6 +208,17 @@ class EarlyWarning:
             "smaller gamma, a larger base or a lambda_min; "
             "myexamples/plot_lambda.py draws it)" % (
                 losses[0], losses[-1], descents[0], descents[-1]))
+
+    @staticmethod
+    def _turning(rows):
+        """Whether the features turn to the weights of their classes: then
+        they follow the margin, however high the loss is."""
+        def angles(row):
+            return [margin["angle_mean"] for margin in row.margins.values()
+                    if "angle_mean" in margin]
+        first, last = angles(rows[0]), angles(rows[-1])
+        return bool(last) and len(first) == len(last) and all(
+            b < a - TURN for a, b in zip(first, last))
 
     def _guessing(self):
         """A loss that stays where a net that guesses has it. At iteration 0

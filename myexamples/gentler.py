@@ -109,13 +109,9 @@ def write(path, message):
         raise UserError("cannot write %s: %s" % (path, error.strerror))
 
 
-def make(pb, solver_path, cause, in_doubt):
+def make(pb, solver_path, cause):
     """Writes a gentler solver and net beside the solver's snapshots; returns
-    the solver's path and what changed, a line each.
-
-    in_doubt says that the training never learned: then both lambda and the
-    learning rate change.
-    """
+    the solver's path and what changed, a line each. cause is an alarm's."""
     solver, net = caffe_proto.read_solver(pb, solver_path)
     changes = []
     passes = solver.max_iter * max(1, solver.iter_size)
@@ -126,7 +122,7 @@ def make(pb, solver_path, cause, in_doubt):
             change = slow_down(param, passes)
             if change:
                 changes.append("layer '%s': %s" % (layer.name, change))
-    if cause != "descent" or in_doubt:
+    if cause != "descent":
         before = solver.base_lr
         solver.base_lr = float("%.3g" % (before / 10))
         changes.append("base_lr: %.6g (was %.6g)" % (solver.base_lr, before))
@@ -152,8 +148,7 @@ def advice(command, alarm, states):
     try:
         pb = caffe_proto.load()
         state = last_good(pb, states, alarm.good)
-        solver, lines = make(pb, option(command, "solver"), alarm.cause,
-                             alarm.kind == "guessing")
+        solver, lines = make(pb, option(command, "solver"), alarm.cause)
     except UserError as error:
         return "stopped; no gentler solver could be made: %s" % error
     command = without(without(command, "solver"), "snapshot")

@@ -63,7 +63,10 @@ def test_there_are_trainings_that_learned():
 @pytest.mark.parametrize("name", learned())
 def test_trainings_that_learned(name):
     assert [str(alarm) for alarm in judge(name)] == []
-    assert [str(alarm) for alarm in judge(name, ": pass ")] == []
+    # But for the one whose learning rate is a hundredth of what is good: the
+    # loss alone cannot tell that the features follow the margin, slowly.
+    if name != "learns_slowly":
+        assert [str(alarm) for alarm in judge(name, ": pass ")] == []
 
 
 # ---- Each check by itself ----
@@ -123,6 +126,19 @@ def test_a_loss_that_rises_as_lambda_falls():
     assert kinds(rising) == []
 
 
+def test_a_loss_that_rises_as_the_features_turn():
+    for first, last, raised in ((60, 55, 0), (60, 60, 1), (60, 70, 1)):
+        early, alarms = EarlyWarning(margin_head()), []
+        for i, loss in enumerate([0.2, 0.5, 1.0, 1.6]):
+            row = Row("train", 100 * i)
+            row.values = {"loss": loss, "lambda": FALLING[i]}
+            row.margins["ip2"] = {
+                "not_finite": 0, "samples": 9, "zero": 0, "feature_norm": 1,
+                "angle_mean": first + (last - first) * i / 3}
+            alarms += early.add(row)
+        assert len(alarms) == raised
+
+
 def test_a_loss_that_sits_at_that_of_guessing():
     assert kinds([2.3, 2.3, 2.29, 2.3, 2.3, 2.3]) == [("guessing", 5)]
     assert kinds([2.3, 1.86, 1.87, 1.85, 1.86, 1.85]) == [("guessing", 5)]
@@ -161,8 +177,9 @@ def test_features_that_explode():
 
 def test_a_loss_beyond_that_of_the_start():
     assert kinds([2.7, 17.5, 30]) == [("leaping", 1)]
-    # Without lambda it begins high.
+    # With all of the margin it may be high, at the start and later.
     assert kinds([51, 13, 2.6, 1.2, 0.4]) == []
+    assert kinds([2.9, 6.8, 3.4, 1.9, 1.4], [125, 0.1, 0.01, 0, 0]) == []
 
 
 def test_samples_that_are_not_finite():

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from caffe_log import read_history  # noqa: E402
-from caffe_proto import UserError  # noqa: E402
+from caffe_proto import user_errors  # noqa: E402
 from event_files import EventWriter  # noqa: E402
 
 
@@ -95,10 +95,8 @@ def main():
     args = parse_args()
     output = args.output or os.path.splitext(args.log)[0] + ".png"
     history = read_history(args.log)
-    try:
+    with user_errors():
         events = args.tensorboard and EventWriter(args.tensorboard)
-    except UserError as error:
-        sys.exit("error: %s" % error)
     figure = draw(history, args.title or os.path.basename(args.log))
     try:
         figure.savefig(output, dpi=100)

@@ -2,7 +2,7 @@
 """Turns the log of `caffe train` into a short table as it comes, and warns
 early of a training that goes wrong.
 
-    caffe train --solver=SOLVER 2>&1 | tee LOG | myexamples/watch_training.py
+    caffe train --solver=SOLVER 2>&1 | tee -i LOG | myexamples/watch_training.py
     myexamples/watch_training.py [--stop] --log LOG -- caffe train --solver=SOLVER
 
 The first reads a log on stdin. The second starts Caffe itself; Ctrl-C lets it
@@ -30,7 +30,7 @@ import time
 import caffe_log
 import gentler
 from caffe_log import Head, duration, read_rows
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 from early_warning import EarlyWarning
 from event_files import EventWriter
 
@@ -162,9 +162,6 @@ class Training:
     def __init__(self, command, log):
         self.alarm = None
         self._log = log
-        # Ctrl-C reaches Caffe, too; what it says until its end is to be seen.
-        # A handler, not SIG_IGN, which Caffe would inherit.
-        signal.signal(signal.SIGINT, lambda *_: None)
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -265,13 +262,15 @@ def run(args, events):
 
 def main():
     args = parse_args()
-    try:
+    with user_errors():
         events = args.tensorboard and EventWriter(args.tensorboard)
+        # At Ctrl-C Caffe writes a snapshot and ends: that is to be seen. A
+        # handler, not SIG_IGN, which Caffe would inherit.
+        if args.command or not sys.stdin.isatty():
+            signal.signal(signal.SIGINT, lambda *_: None)
         if args.command:
             sys.exit(run(args, events))
         watch(sys.stdin, Table(), events)
-    except UserError as error:
-        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -260,3 +260,17 @@ def test_no_descent_without_a_margin(pb):
     param = pb.LargeMarginInnerProductParameter(num_output=10, gamma=0.1)
     assert gentler.slow_down(param, 100) == ""
     assert param.gamma == pytest.approx(0.1)
+
+
+def test_ctrl_c_in_a_pipe_shows_the_rest_of_the_log():
+    process = subprocess.Popen([WATCH], stdin=subprocess.PIPE, text=True,
+                               stdout=subprocess.PIPE, bufsize=1,
+                               stderr=subprocess.PIPE)
+    line = "I1123 21:04:05.1  1 solver.cpp:1] Iteration %d, loss = 2\n"
+    process.stdin.write(line % 0 + line % 5)
+    # The first row is out, so that the program is past its start.
+    assert process.stdout.readline() and process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(line % 10, timeout=30)
+    assert process.returncode == 0 and errors == ""
+    assert [row.split()[0] for row in out.splitlines()] == ["5/?", "10/?"]

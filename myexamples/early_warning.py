@@ -163,8 +163,10 @@ class EarlyWarning:
             norms = [row.margins[layer]["feature_norm"] for row in rows]
             if len(norms) < 2:
                 continue
-            if norms[-1] > GROWTH * min(norms) and norms[-1] > (
-                    LEAP * norms[-2]):
+            # Features in a plane grow as much, but their loss falls.
+            if (norms[-1] > GROWTH * min(norms)
+                    and norms[-1] > LEAP * norms[-2]
+                    and not self._loss(rows[-1]) < self._loss(rows[-2])):
                 cause, words = self._blame()
                 return Alarm(
                     "exploding", rows[-1].iteration, rows[-2].iteration,

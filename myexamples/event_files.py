@@ -1,4 +1,5 @@
 """Writes the rows of a log as event files, which TensorBoard shows."""
+import logging
 import os
 
 from caffe_proto import UserError
@@ -19,6 +20,8 @@ class EventWriter:
                 "--tensorboard needs the Python package tensorboardX: %s (in "
                 "a virtual environment made with --system-site-packages, pip "
                 "install tensorboardX, and run this with its python)" % error)
+        # TensorBoard shows NaN; a line of log for each helps nobody.
+        logging.getLogger("tensorboardX").setLevel(logging.ERROR)
         self.folder, self._writer = folder, None
         self._make = tensorboardX.SummaryWriter
         try:

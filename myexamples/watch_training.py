@@ -2,8 +2,10 @@
 """Turns the log of `caffe train` into a short table as it comes, and warns
 early of a training that goes wrong.
 
-    caffe train --solver=SOLVER 2>&1 | tee -i LOG | myexamples/watch_training.py
-    myexamples/watch_training.py [--stop] --log LOG -- caffe train --solver=SOLVER
+    caffe train --solver=SOLVER 2>&1 | tee -i LOG |
+        myexamples/watch_training.py
+    myexamples/watch_training.py [--stop] --log LOG --
+        caffe train --solver=SOLVER
 
 The first reads a log on stdin. The second starts Caffe itself; Ctrl-C lets it
 write a snapshot and stop. With --stop a warning does that, too: the last lines

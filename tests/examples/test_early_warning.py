@@ -168,8 +168,10 @@ def test_a_net_that_had_learned_and_forgot():
 
 def test_features_that_explode():
     fine = [2.3, 0.5, 0.4, 0.3, 0.3, 0.3]
-    assert kinds(fine, norms=[10, 12, 11, 300, 9e3, 1e6]) == [
-        ("exploding", 3)]
+    assert kinds([2.3, 0.5, 0.4, 0.6, 0.9, 2],
+                 norms=[10, 12, 11, 300, 9e3, 1e6]) == [("exploding", 3)]
+    # From next to nothing, and the loss falls.
+    assert kinds(fine, norms=[0.1, 12, 60, 70, 80, 90]) == []
     # They grow, by and by.
     assert kinds(fine, norms=[10, 25, 60, 120, 240, 400]) == []
     assert kinds(fine, norms=[1, 12, 11, 13, 12, 12]) == []

@@ -483,6 +483,15 @@ def test_event_files_of_a_training_that_went_on(tmp_path, tensorboardx):
     assert starts == [0, 100]
 
 
+def test_event_files_of_a_loss_that_is_not_a_number(tmp_path, tensorboardx):
+    lines = [line.replace("loss = 0.71", "loss = -nan")
+             for line in read_log()]
+    done = watch(lines, "--tensorboard", tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    scalars, _ = values(read_events(tmp_path))
+    assert math.isnan(scalars["train/loss"][100])
+
+
 def test_event_files_without_the_package(tmp_path):
     (tmp_path / "tensorboardX.py").write_text(
         "raise ImportError(\"No module named 'tensorboardX'\")\n")

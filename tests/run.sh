@@ -30,6 +30,23 @@ cargo_package() {
     sed -n '1s/^\(cargo[^:]*\):.*/\1/p'
 }
 
+# The package that writes event files, for the tests alone.
+tensorboardx=$ROOT/build/tensorboardX
+
+has_tensorboardx() {
+  PYTHONPATH=$tensorboardx "$PYTHON" -c 'import tensorboardX' 2>/dev/null
+}
+
+# What it depends on is Debian's.
+get_tensorboardx() {
+  ! has_tensorboardx || return 0
+  rm -rf -- "$tensorboardx" "$tensorboardx.part"
+  PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip --disable-pip-version-check \
+    install --no-deps --no-compile --target "$tensorboardx.part" \
+    'tensorboardX==2.6.*' || return
+  mv -- "$tensorboardx.part" "$tensorboardx" && has_tensorboardx
+}
+
 # All of them at once, with those of the build: who cannot install them asks
 # for them only once.
 install_packages() {
@@ -38,10 +55,10 @@ install_packages() {
   modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
     pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
     sklearn=python3-sklearn cv2=python3-opencv)
-  # nvcc comes from PyPI where there is none.
-  [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
-    PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||
-    modules+=(pip=python3-pip)
+  # nvcc comes from PyPI where there is none, and so does tensorboardX.
+  { { [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
+    PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; } &&
+    has_tensorboardx; } || modules+=(pip=python3-pip)
   for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
@@ -60,6 +77,8 @@ install_packages() {
   mapfile -t missing < <(printf '%s\n' "${missing[@]}" |
     awk '$0 && !seen[$0]++')
   [ ${#missing[@]} -eq 0 ] || need_packages "the tests" "${missing[@]}"
+  get_tensorboardx ||
+    say "tensorboardX cannot be had: the tests of event files are left out"
 }
 
 # The cargo that builds the library: the first one on the PATH may be too old.

@@ -105,6 +105,16 @@ def small_disk(size):
     return {"preexec_fn": limit, "restore_signals": False}
 
 
+@pytest.fixture
+def tensorboardx(monkeypatch):
+    """The package that tests/run.sh gets, or the system's."""
+    folder = os.path.join(ROOT, "build", "tensorboardX")
+    if os.path.isdir(folder):
+        monkeypatch.setenv("PYTHONPATH", folder)
+        monkeypatch.syspath_prepend(folder)
+    pytest.importorskip("tensorboardX")
+
+
 @pytest.fixture(scope="session")
 def pb():
     """The built Caffe's protobuf messages."""

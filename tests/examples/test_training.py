@@ -100,6 +100,15 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
         re.search(r"(?m)\] accuracy = (\S+)$", tested)[1])
 
 
+def test_quick_warns_of_a_training_that_goes_wrong(mnist):
+    mnist.replace("mnist/quick_solver.prototxt", base_lr=1e6, average_loss=1)
+    done = quick(mnist)
+    warnings = [line for line in done.stdout.splitlines()
+                if line.startswith("warning: iteration ")]
+    assert len(warnings) >= 1, done.stdout
+    assert "base_lr" in warnings[0]
+
+
 def wait_for(condition, process, seconds=120):
     """Waits until condition() is true, while the process runs."""
     end = time.monotonic() + seconds

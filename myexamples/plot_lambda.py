@@ -564,10 +564,12 @@ def run(args):
             descent.name = descent.name.replace(args.solver, descent.layer, 1)
     output = args.output or os.path.splitext(args.solver)[0] + (
         "_compare_lambda.png" if compared else "_lambda.png")
+    figure = draw(descents, title)
     try:
-        draw(descents, title).savefig(output, dpi=100)
+        figure.savefig(output, dpi=100)
     except (OSError, ValueError) as error:
         raise UserError("cannot write %s: %s" % (output, error))
+    plt.close(figure)
     print("plot: %s" % output)
 
 

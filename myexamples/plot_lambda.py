@@ -131,7 +131,7 @@ class Descent:
         found = []
         for percent in SHARES:
             value = 100 / percent - 1
-            # 1/9 and 9 are no floats; neither is lambda_min one of double.
+            # A lambda_min of 0.111111 is a float, 1/9 a double.
             found.append((percent, value,
                           self.first_below(value * (1 + 1e-7))))
         return found
@@ -348,13 +348,14 @@ def old_with_minimum(descent, final):
     """(Descent or None, why): the net's own, kept from falling below final."""
     made = descent.changed(descent.name + ", with lambda_min",
                            lambda_min=final)
-    first = descent.changed("", lambda_min=None).first_below(
-        made.param.lambda_min)
-    if first:
-        return made, ""
-    return None, "lambda %s %.3g" % (
-        ("begins at", descent.changed("", lambda_min=None).at(0)) if first == 0 else
-        ("is still", descent.end())) + " at the end" * (first is None)
+    bare = descent.changed("", lambda_min=None)
+    # The parameter is a float, final is not.
+    first = bare.first_below(made.param.lambda_min)
+    if first is None:
+        return None, "lambda is still %.3g at the end" % bare.end()
+    if first == 0:
+        return None, "lambda begins at %.3g" % bare.at(0)
+    return made, ""
 
 
 # ---- What is shown ----

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
-
 SOLVER = "faces/face_solver.prototxt"
 NET = "faces/face_train_test.prototxt"
 PERSONS, EACH = 3, 4
@@ -70,11 +68,10 @@ def test_from_images_to_verification(faces, caffe_root):
         "myexamples/faces/data/%d_0.png myexamples/faces/data/%d_%d.png %d\n"
         % (a, b, n, a == b) for a in range(PERSONS) for b in range(PERSONS)
         for n in range(1, EACH)))
-    script = os.path.join(ROOT, "myexamples", "verify.py")
-    done = subprocess.run(
-        [script, "myexamples/" + NET, model, "pairs.txt", "--blob", "fc5",
-         "--flip", "--batch", "6"], cwd=faces.root, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=dict(os.environ, CAFFE_ROOT=caffe_root))
+    done = faces.run(
+        "verify.py", faces.path(NET), faces.root / model,
+        faces.root / "pairs.txt", "--blob", "fc5", "--flip", "--batch", 6,
+        "-o", faces.root / "roc.png")
     assert done.returncode == 0, done.stdout
     assert ("%d images: scaled to 112 x 96 (height x width), BGR, mean 127.5, "
             "scale 0.0078125" % (PERSONS * EACH)) in done.stdout

@@ -1,4 +1,5 @@
 """Caffe's protobuf messages, and what a solver's schedules mean."""
+import contextlib
 import ctypes
 import importlib
 import math
@@ -12,6 +13,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 class UserError(Exception):
     """A mistake in the input; the message says what to do."""
+
+
+@contextlib.contextmanager
+def user_errors(stopped="stopped"):
+    """Ends the program with one line where its user can help.
+
+    A UserError's, or stopped at Ctrl-C.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit("error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit(stopped)
 
 
 def compile_proto(source, folder):

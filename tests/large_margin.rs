@@ -182,8 +182,9 @@ fn run<T: Dtype>(
     let m = labels.len();
     let mut layer = layer(param, m, k);
     let mut out = Outcome {
-        top: vec![T::default(); m * n],
-        dx: vec![T::default(); m * k],
+        // Written over, whatever was there.
+        top: vec![T::from_f64(f64::NAN); m * n],
+        dx: vec![T::from_f64(f64::NAN); m * k],
         dw: vec![T::default(); n * k],
     };
     forward(&mut layer, x, Some(labels), w, &mut out.top).unwrap();

@@ -260,7 +260,7 @@ def test_comparison(mnist):
 
 @pytest.mark.parametrize("args, message", [
     (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
-    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["--seeds", "0"], "margins, seeds and jobs are at least 1"),
     (["--solver", "none.prototxt"], "cannot read none.prototxt"),
 ])
 def test_comparison_of_nonsense(tree, args, message):

@@ -12,6 +12,7 @@
 
 namespace caffe {
 
+using lsoftmax::CheckShape;
 using lsoftmax::Data;
 using lsoftmax::Diff;
 using lsoftmax::Fail;
@@ -151,13 +152,17 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Reshape(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   vector<int> top_shape = bottom[0]->shape();
+  vector<int> weight_shape(2);
   try {
     const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     top_shape.resize(sizes.axis + 1);
     top_shape[sizes.axis] = sizes.classes;
+    weight_shape[0] = sizes.classes;
+    weight_shape[1] = sizes.features;
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckShape(*this, "class weights", *this->blobs_[0], weight_shape);
   CheckSize(*this, "logits", bottom[0]->count(0, top_shape.size() - 1),
       "samples", top_shape.back(), "classes");
   top[0]->Reshape(top_shape);

@@ -54,7 +54,8 @@ install_packages() {
   mapfile -t missing < <(cmake/build_caffe.sh --packages)
   modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
     pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
-    sklearn=python3-sklearn cv2=python3-opencv)
+    sklearn=python3-sklearn cv2=python3-opencv nbconvert=python3-nbconvert
+    ipykernel=python3-ipykernel)
   # nvcc comes from PyPI where there is none, and so does tensorboardX.
   { { [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
     PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; } &&

@@ -9,8 +9,8 @@ the first test net, test1/NAME of the second) and margin/LAYER/NAME (what a
 LargeMarginInnerProduct layer logs with LSOFTMAX_LOG_EVERY). An iteration lacks
 the columns that it has no value of.
 """
-# Caffe's own tools/extra/parse_log.py needs Python 2 and refuses a log whose
-# rows differ in their columns.
+# Caffe's own tools/extra/parse_log.py refuses a log whose rows differ in their
+# columns.
 import argparse
 import csv
 import math

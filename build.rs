@@ -135,28 +135,14 @@ fn emulate(compiler: &Path) {
     println!("cargo::rerun-if-changed=tests/cuda");
     println!("cargo::rustc-env=LSOFTMAX_CXX={}", compiler.display());
     let folder = out_dir().join("emulated");
-    let kernels: Vec<PathBuf> = KERNELS
-        .iter()
-        .flat_map(|(layer, macros)| {
-            let source = fs::read_to_string(format!("src/{layer}/kernels.cu"))
-                .expect("the kernels are in their layer's folder");
-            ["whole", "no_barriers"].map(|kind| {
-                let lines = source.lines();
-                let kept = lines.filter(|l| kind == "whole" || l.trim() != "__syncthreads();");
-                let text: String = kept.flat_map(|line| [line, "\n"]).collect();
-                prepare(compiler, &folder.join(kind), layer, macros, &text)
-            })
-        })
-        .collect();
-    let (whole, no_barriers): (Vec<_>, Vec<_>) = kernels
-        .into_iter()
-        .partition(|path| path.starts_with(folder.join("whole")));
+    let sources = KERNELS.map(|(layer, macros)| prepare(compiler, &folder, layer, macros));
     thread::scope(|scope| {
-        for (name, sources, sanitizer) in [
-            ("thread", &whole, THREAD),
-            ("address", &whole, ADDRESS),
-            ("no_barriers", &no_barriers, THREAD),
+        for (name, flags, definition) in [
+            ("thread", THREAD, None),
+            ("address", ADDRESS, None),
+            ("no_barriers", THREAD, Some("-DEMULATE_UNORDERED_BARRIERS")),
         ] {
+            let sources = &sources;
             let to = folder.join(name);
             scope.spawn(move || {
                 fs::create_dir_all(&to).expect("OUT_DIR can be written to");
@@ -164,7 +150,8 @@ fn emulate(compiler: &Path) {
                 command
                     .args(["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer"])
                     .args(["-Wall", "-Wextra", "-Werror", "-Itests/cuda"])
-                    .args(sanitizer)
+                    .args(flags)
+                    .args(definition)
                     .args(["-fPIC", "-shared", "-pthread", "-Wl,-soname,libcuda.so.1"])
                     .arg("-o")
                     .arg(to.join("libcuda.so.1"))
@@ -186,21 +173,17 @@ const ADDRESS: &[&str] = &["-fsanitize=address,undefined", "-fno-sanitize-recove
 
 /// Writes a source file that compiles a layer's kernels for the CPU and tells
 /// the stand-in their names.
-fn prepare(
-    compiler: &Path,
-    folder: &Path,
-    layer: &str,
-    macros: &[(&str, usize)],
-    kernels: &str,
-) -> PathBuf {
+fn prepare(compiler: &Path, folder: &Path, layer: &str, macros: &[(&str, usize)]) -> PathBuf {
     fs::create_dir_all(folder).expect("OUT_DIR can be written to");
     let source = folder.join(format!("{layer}.cpp"));
+    let kernels = fs::read_to_string(format!("src/{layer}/kernels.cu"))
+        .expect("the kernels are in their layer's folder");
     let definitions: String = macros
         .iter()
         .map(|(name, value)| format!("#define {name} {value}\n"))
         .collect();
     let mut text = format!("#include \"emulate.hpp\"\n#include \"standin.hpp\"\n{definitions}");
-    text.push_str(kernels);
+    text.push_str(&kernels);
     fs::write(&source, &text).expect("OUT_DIR can be written to");
 
     // Macros make the kernels; the preprocessor shows which.
@@ -214,6 +197,7 @@ fn prepare(
     let names = expanded
         .split("extern \"C\"")
         .filter_map(|rest| rest.split_once('(')?.0.trim().strip_prefix("void "))
+        .map(str::trim)
         .filter(|name| name.ends_with("_f32") || name.ends_with("_f64"));
     let registered: String = names
         .map(|name| format!("STANDIN_KERNEL({name})\n"))

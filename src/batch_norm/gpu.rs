@@ -8,9 +8,9 @@
 
 use std::ffi::c_void;
 
-use super::plan::Plan;
+use super::plan::{self, Plan};
 use super::{BatchNorm, Shape};
-use crate::cuda::layout::batch_norm::{CHANNEL, THREADS};
+use crate::cuda::layout::batch_norm::{LOAD, THREADS};
 use crate::cuda::{DeviceDtype, Kernel, Kernels, Mailbox, kernel_args};
 use crate::error::Result;
 use crate::last::Last;
@@ -126,10 +126,9 @@ impl BatchNorm {
     ///
     /// # Safety
     /// All pointers that may not be null are memory of the current device, as
-    /// large as the last reshape says. Those of x's shape are aligned to 16
-    /// bytes, which kernels load at once, and so is `scratch`; Caffe's blobs
-    /// are aligned to 256, as the allocations that each begins are. All stay
-    /// valid until the device has done the work that is queued here.
+    /// large as the last reshape says and aligned as their types ask; `scratch`
+    /// is aligned to 16 bytes. All stay valid until the device has done the work
+    /// that is queued here.
     pub unsafe fn forward_gpu<T: DeviceDtype>(&mut self, pass: Forward<T>) -> Result<()> {
         let shape = self.begin_forward()?;
         if self.gpu.is_none() {
@@ -141,8 +140,13 @@ impl BatchNorm {
             return Ok(());
         }
         let state = self.gpu.as_ref().expect("made above");
-        let plan = Plan::new::<T>(shape)?;
-        let (channels, partials) = split(pass.scratch, shape);
+        let aligned = aligned([pass.bottom, pass.top, pass.x_hat]);
+        let plan = Plan::new::<T>(shape, aligned)?;
+        let Scratch {
+            statistics,
+            partials,
+            ..
+        } = Scratch::new(pass.scratch, shape);
         // SAFETY: the caller's, for every launch in this block; the arguments
         // of each kernel are those that it declares, in order.
         unsafe {
@@ -159,13 +163,12 @@ impl BatchNorm {
                     plan.join,
                     kernel_args![
                         plan.shape,
-                        plan.width,
                         self.momentum,
                         self.eps,
                         partials,
                         pass.update_mean,
                         pass.update_inv_std,
-                        channels,
+                        statistics,
                         state.constant_channel.device_address(),
                     ],
                 )?;
@@ -177,7 +180,7 @@ impl BatchNorm {
                         plan.shape.channels,
                         pass.moving_mean,
                         pass.moving_inv_std,
-                        channels
+                        statistics
                     ],
                 )?;
             }
@@ -186,7 +189,7 @@ impl BatchNorm {
                 plan.all,
                 kernel_args![
                     plan.shape,
-                    channels,
+                    statistics,
                     pass.slope,
                     pass.bias,
                     pass.bottom,
@@ -212,8 +215,13 @@ impl BatchNorm {
         if shape.count() == 0 {
             return Ok(());
         }
-        let plan = Plan::new::<T>(shape)?;
-        let (channels, partials) = split(pass.scratch, shape);
+        let aligned = aligned([pass.top_diff, pass.x, pass.bottom_diff]);
+        let plan = Plan::new::<T>(shape, aligned)?;
+        let Scratch {
+            statistics,
+            means,
+            partials,
+        } = Scratch::new(pass.scratch, shape);
         let x_is_hat = i32::from(self.keeps_x_hat);
         let by_batch = i32::from(self.by_batch);
         let Backward {
@@ -241,14 +249,12 @@ impl BatchNorm {
                 launch(
                     sums,
                     plan.reduce,
-                    kernel_args![plan.shape, top_diff, x, x_is_hat, channels, partials],
+                    kernel_args![plan.shape, top_diff, x, x_is_hat, statistics, partials],
                 )?;
                 launch(
                     &state.finish_gradients,
                     plan.join,
-                    kernel_args![
-                        plan.shape, plan.width, partials, slope_diff, bias_diff, channels
-                    ],
+                    kernel_args![plan.shape, partials, slope_diff, bias_diff, means],
                 )?;
             }
             if bottom_diff.is_null() {
@@ -259,7 +265,8 @@ impl BatchNorm {
                 plan.all,
                 kernel_args![
                     plan.shape,
-                    channels,
+                    statistics,
+                    means,
                     slope,
                     top_diff,
                     x,
@@ -272,10 +279,27 @@ impl BatchNorm {
     }
 }
 
-/// Where in the scratch memory the channels and the partial sums lie.
-fn split(scratch: *mut u8, shape: Shape) -> (*mut u8, *mut u8) {
-    let channels = shape.channels * CHANNEL * size_of::<f64>();
-    (scratch, scratch.wrapping_add(channels))
+/// Where in the scratch memory what lies.
+struct Scratch {
+    statistics: *mut u8,
+    means: *mut u8,
+    partials: *mut u8,
+}
+
+impl Scratch {
+    fn new(start: *mut u8, shape: Shape) -> Self {
+        Scratch {
+            statistics: start,
+            means: start.wrapping_add(plan::means(shape)),
+            partials: start.wrapping_add(plan::partials(shape)),
+        }
+    }
+}
+
+/// Whether the kernels can read and write these, which may be null, by vectors.
+/// Caffe's own blobs always are, as the allocations that they begin.
+fn aligned<T>(blobs: [*const T; 3]) -> bool {
+    blobs.iter().all(|blob| blob.addr().is_multiple_of(LOAD))
 }
 
 /// # Safety

@@ -4,53 +4,85 @@
 // reads g and x for two sums, then reads both and writes dx. A reduction has
 // two stages, both in a fixed order: a channel's values are cut into parts of a
 // block each, so that few channels fill the device too, and a warp a channel
-// joins the parts. Statistics merge by the formula of Chan, Golub and LeVeque,
-// as on the CPU.
+// joins the parts.
 //
 // A channel's S values of one sample lie together. Where S is long, a block
-// reduces segments of one channel (Segments). Where S is short, the rows of a
-// sample are columns of a matrix and a warp reads 32 neighbouring columns
+// reduces segments of one channel (Segments). Where S is short, the values of a
+// sample are a row of a matrix and a warp reads 32 neighbouring columns
 // (Columns); a channel then has S columns to join.
+//
+// Moments are sums like any other: of D and of D^2, D being a value's distance
+// from a reference that is one of the values. With their mean at m, the squared
+// distances from it are sum D^2 - n (r - m)^2, and no less than the reference's
+// own, (r - m)^2: of n values, the difference of two sums in double loses no
+// more than n units of the last place, however far from zero the values lie.
+// Threads and parts join as the formula of Chan, Golub and LeVeque has it: sums
+// move to a common reference, by products alone. Only a block's mean takes a
+// division.
 
-// THREADS, WARP, LOAD and the sizes of structs come from src/cuda/layout.rs.
+// THREADS, WARP, LOAD, PASS, GROUP and the sizes of structs come from
+// src/cuda/layout.rs. GROUP is what a thread reads at once, so that its loads
+// overlap, and reduces in registers, in float, before double comes in: few
+// GPUs are fast in double.
 
 // Of a block that reduces columns.
 #define ROWS (THREADS / WARP)
 #define FULL_MASK 0xffffffffu
-// Values that a thread reads at once, so that its loads overlap, and reduces in
-// registers, in Dtype, before double comes in: few GPUs are fast in double.
-#define GROUP 16
+
+// What no integer division is needed for: n / divisor, for n below 2^31.
+struct Divisor {
+  unsigned divisor;
+  unsigned magic;
+  unsigned shift;
+};
+
+static __device__ unsigned Divide(unsigned n, const Divisor& by) {
+  return by.divisor == 1 ? n : __umulhi(n, by.magic) >> by.shift;
+}
 
 // How a bottom's values lie and how a reduction is cut.
 struct Shape {
   int samples;    // N
   int channels;   // C
   int positions;  // S
+  int width;      // columns of a channel that are reduced apart
   int parts;      // of a block's values
+  int part;       // values of each part but the last: of a channel, or a column
+  int last;       // values of the last part
+  Divisor by_length;    // S, in vectors of the kernels that load some
+  Divisor by_channels;  // C
 };
 static_assert(sizeof(Shape) == SHAPE, "src/cuda/layout.rs");
 
-// Mean and sum of squared distances from it, of count values; or, in a
-// backward pass, sum of g in mean and sum of g x_hat in m2.
-struct Partial {
-  double count;
-  double mean;
-  double m2;
+// Two sums. Of a forward pass: of D and of D^2, and as what a part leaves, its
+// mean and the sum of squared distances from it. Of a backward pass: of g and
+// of g x_hat.
+struct alignas(16) Pair {
+  double first;
+  double second;
 };
-static_assert(sizeof(Partial) == PARTIAL, "src/cuda/layout.rs");
+static_assert(sizeof(Pair) == PAIR, "src/cuda/layout.rs");
 
-// What a pass over the values needs of a channel. The mean is in two parts:
-// x - high - low keeps the digits of x where the mean has more of them than
-// Dtype.
+// What normalises a channel. The mean is in two parts: x - high - low keeps the
+// digits of x where the mean has more of them than Dtype. One load, or two of
+// double, brings it.
 template <typename Dtype>
-struct Channel {
+struct alignas(16) Statistics {
   Dtype high;
   Dtype low;
   Dtype inv_std;
-  Dtype mean_g;
-  Dtype mean_g_x_hat;
+  Dtype unused;
 };
-static_assert(sizeof(Channel<double>) == CHANNEL * sizeof(double),
+static_assert(sizeof(Statistics<double>) == STATISTICS * sizeof(double),
+    "src/cuda/layout.rs");
+
+// Means over a channel that its dx needs.
+template <typename Dtype>
+struct alignas(2 * sizeof(Dtype)) Means {
+  Dtype g;
+  Dtype g_x_hat;
+};
+static_assert(sizeof(Means<double>) == MEANS * sizeof(double),
     "src/cuda/layout.rs");
 
 // ---- Values ----
@@ -62,22 +94,23 @@ struct alignas(sizeof(Dtype) * V) Vector {
 };
 
 template <typename Dtype>
-static __device__ Dtype XHat(Dtype x, const Channel<Dtype>& c) {
-  return ((x - c.high) - c.low) * c.inv_std;
+static __device__ Dtype XHat(Dtype x, const Statistics<Dtype>& of) {
+  return ((x - of.high) - of.low) * of.inv_std;
 }
 
-// The channel's coefficients; where x has been normalised already, those that
+// The channel's statistics; where x has been normalised already, those that
 // leave it as it is.
 template <typename Dtype>
-static __device__ Channel<Dtype> Of(const Channel<Dtype>* channels,
-    size_t channel, bool x_is_hat) {
-  Channel<Dtype> c = channels[channel];
+static __device__ Statistics<Dtype> Of(
+    const Statistics<Dtype>* __restrict__ channels, size_t channel,
+    bool x_is_hat) {
+  Statistics<Dtype> of = channels[channel];
   if (x_is_hat) {
-    c.high = 0;
-    c.low = 0;
-    c.inv_std = 1;
+    of.high = 0;
+    of.low = 0;
+    of.inv_std = 1;
   }
-  return c;
+  return of;
 }
 
 template <typename Dtype, int V>
@@ -87,7 +120,7 @@ static __device__ Vector<Dtype, V> Load(const Dtype* from, size_t at) {
 
 // The first `loads` vectors of V values each of a group, at offsets `at`.
 template <typename Dtype, int V>
-static __device__ void LoadGroup(const Dtype* from,
+static __device__ void LoadGroup(const Dtype* __restrict__ from,
     const unsigned (&at)[GROUP / V], int loads, Dtype (&values)[GROUP]) {
   for (int j = 0; j < GROUP / V; ++j) {
     Vector<Dtype, V> vector = {};
@@ -96,183 +129,186 @@ static __device__ void LoadGroup(const Dtype* from,
   }
 }
 
-// ---- Reductions ----
-
-static __device__ void Merge(Partial* all, const Partial& more) {
-  if (more.count == 0) { return; }
-  const double count = all->count + more.count;
-  const double distance = more.mean - all->mean;
-  const double share = more.count / count;
-  all->mean += distance * share;
-  all->m2 += more.m2 + distance * distance * all->count * share;
-  all->count = count;
-}
+// ---- Sums over a thread's values ----
 
 // The sum of a group's terms, which are overwritten.
-template <typename Sum>
-static __device__ Sum Total(Sum (&terms)[GROUP]) {
+static __device__ float Total(float (&terms)[GROUP]) {
   for (int half = GROUP / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) { terms[i] += terms[i + half]; }
   }
   return terms[0];
 }
 
-static __device__ bool Finite(double value) {
-  return !isinf(value) && !isnan(value);
-}
+// The sums of D and D^2 over x, from the thread's first value. Add takes the
+// `loads` vectors of a group; AddWide takes one, in double alone.
+template <typename Dtype>
+struct Moments {
+  struct Sums {
+    Pair of;
+    double reference;
+    int count;
 
-// The moments of the first `loads` vectors of a group, made in Sum.
-template <typename Sum, int V, typename Dtype>
-static __device__ Partial MomentsIn(const Dtype (&x)[GROUP], int loads) {
-  // All relative to one value of the group: far from zero the differences
-  // keep the digits that the values have not.
-  Sum terms[GROUP];
-  for (int i = 0; i < GROUP; ++i) {
-    terms[i] = i / V < loads ? static_cast<Sum>(x[i]) - x[0] : Sum(0);
-  }
-  const Sum mean = Total(terms) / (loads * V);
-  for (int i = 0; i < GROUP; ++i) {
-    const Sum distance = (static_cast<Sum>(x[i]) - x[0]) - mean;
-    terms[i] = i / V < loads ? distance * distance : Sum(0);
-  }
-  Partial group;
-  group.count = loads * V;
-  group.mean = static_cast<double>(x[0]) + mean;
-  group.m2 = Total(terms);
-  return group;
-}
+    // Those of D and D^2 from another reference.
+    __device__ Pair From(double other) const {
+      const double distance = reference - other;
+      Pair moved;
+      moved.first = of.first + count * distance;
+      moved.second = of.second
+          + distance * (2 * of.first + count * distance);
+      // Squares that have overflowed are no less than that elsewhere.
+      if (isfinite(moved.first) && !isfinite(moved.second)) {
+        moved.second = INFINITY;
+      }
+      return moved;
+    }
+  };
+  const Dtype* x;
 
-template <int V, typename Dtype>
-static __device__ Partial GroupMoments(const Dtype (&x)[GROUP], int loads) {
-  const Partial group = MomentsIn<Dtype, V>(x, loads);
-  // Squares and sums of float may leave its range, but not that of double.
-  if (sizeof(Dtype) < sizeof(double) && !Finite(group.m2)) {
-    return MomentsIn<double, V>(x, loads);
+  template <int V>
+  __device__ void Add(const unsigned (&at)[GROUP / V], int loads,
+      Sums* sums) const {
+    Dtype values[GROUP];
+    LoadGroup<Dtype, V>(x, at, loads, values);
+    if (sums->count == 0) { sums->reference = values[0]; }
+    sums->count += loads * V;
+    AddGroup(values, loads * V, sums->reference, &sums->of);
   }
-  return group;
-}
+  template <int V>
+  __device__ void AddWide(unsigned at, Sums* sums) const {
+    const Vector<Dtype, V> vector = Load<Dtype, V>(x, at);
+    if (sums->count == 0) { sums->reference = vector.v[0]; }
+    sums->count += V;
+    for (int i = 0; i < V; ++i) {
+      AddValue(vector.v[i], sums->reference, &sums->of);
+    }
+  }
 
-// The sums of g and g x_hat over the first `loads` vectors of a group, with
-// products and sums in Sum.
-template <typename Sum, int V, typename Dtype>
-static __device__ Partial GradientsIn(const Dtype (&g)[GROUP],
-    const Dtype (&x)[GROUP], const Channel<Dtype>& channel, int loads) {
-  Partial group;
-  Sum terms[GROUP];
-  for (int i = 0; i < GROUP; ++i) {
-    terms[i] = i / V < loads ? static_cast<Sum>(g[i]) : Sum(0);
+ private:
+  static __device__ void AddValue(double value, double reference, Pair* of) {
+    const double distance = value - reference;
+    of->first += distance;
+    of->second += distance * distance;
   }
-  group.mean = Total(terms);
-  for (int i = 0; i < GROUP; ++i) {
-    terms[i] = i / V < loads
-        ? static_cast<Sum>(g[i]) * XHat(x[i], channel) : Sum(0);
+  static __device__ void AddGroup(const double (&values)[GROUP], int count,
+      double reference, Pair* of) {
+    for (int i = 0; i < GROUP; ++i) {
+      if (i < count) { AddValue(values[i], reference, of); }
+    }
   }
-  group.m2 = Total(terms);
-  return group;
-}
-
-template <int V, typename Dtype>
-static __device__ Partial GroupGradients(const Dtype (&g)[GROUP],
-    const Dtype (&x)[GROUP], const Channel<Dtype>& channel, int loads) {
-  const Partial group = GradientsIn<Dtype, V>(g, x, channel, loads);
-  if (sizeof(Dtype) < sizeof(double)
-      && !(Finite(group.mean) && Finite(group.m2))) {
-    return GradientsIn<double, V>(g, x, channel, loads);
-  }
-  return group;
-}
-
-static __device__ Partial ShuffleDown(const Partial& p, int offset) {
-  Partial other;
-  other.count = __shfl_down_sync(FULL_MASK, p.count, offset);
-  other.mean = __shfl_down_sync(FULL_MASK, p.mean, offset);
-  other.m2 = __shfl_down_sync(FULL_MASK, p.m2, offset);
-  return other;
-}
-
-// What joins two partials: moments merge, sums add.
-struct JoinMoments {
-  static __device__ void Join(Partial* all, const Partial& more) {
-    Merge(all, more);
-  }
-};
-struct JoinSums {
-  static __device__ void Join(Partial* all, const Partial& more) {
-    all->mean += more.mean;
-    all->m2 += more.m2;
+  static __device__ void AddGroup(const float (&values)[GROUP], int count,
+      double reference, Pair* of) {
+    // All relative to one value of the group: far from zero the differences
+    // keep the digits that the values have not.
+    float terms[GROUP];
+    for (int i = 0; i < GROUP; ++i) {
+      terms[i] = i < count ? values[i] - values[0] : 0;
+    }
+    const float mean = Total(terms) / count;
+    for (int i = 0; i < GROUP; ++i) {
+      const float distance = (values[i] - values[0]) - mean;
+      terms[i] = i < count ? distance * distance : 0;
+    }
+    const double distance = (values[0] - reference) + mean;
+    of->first += count * distance;
+    of->second += Total(terms) + count * (distance * distance);
   }
 };
 
-// The join over a warp, in lane 0.
-template <typename How>
-static __device__ Partial JoinWarp(Partial p) {
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
-    How::Join(&p, ShuffleDown(p, offset));
-  }
-  return p;
-}
+// The sums of g and g x_hat, likewise.
+template <typename Dtype>
+struct Gradients {
+  struct Sums {
+    Pair of;
+  };
+  const Dtype* g;
+  const Dtype* x;
+  Statistics<Dtype> statistics;
 
-// The join over a block, in thread 0.
-template <typename How>
-static __device__ Partial JoinBlock(Partial p) {
-  __shared__ Partial warps[THREADS / WARP];
-  p = JoinWarp<How>(p);
-  if (threadIdx.x % WARP == 0) { warps[threadIdx.x / WARP] = p; }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < THREADS / WARP; ++i) { How::Join(&p, warps[i]); }
+  template <int V>
+  __device__ void Add(const unsigned (&at)[GROUP / V], int loads,
+      Sums* sums) const {
+    Dtype gs[GROUP], xs[GROUP];
+    LoadGroup<Dtype, V>(g, at, loads, gs);
+    LoadGroup<Dtype, V>(x, at, loads, xs);
+    AddGroup(gs, xs, loads * V, &sums->of);
   }
-  return p;
-}
-
-// The join over the rows of a block that reduces columns, in row 0.
-template <typename How>
-static __device__ Partial JoinRows(Partial p) {
-  __shared__ Partial rows[ROWS][WARP];
-  const int lane = threadIdx.x % WARP;
-  const int row = threadIdx.x / WARP;
-  rows[row][lane] = p;
-  __syncthreads();
-  if (row == 0) {
-    for (int i = 1; i < ROWS; ++i) { How::Join(&p, rows[i][lane]); }
+  template <int V>
+  __device__ void AddWide(unsigned at, Sums* sums) const {
+    const Vector<Dtype, V> gs = Load<Dtype, V>(g, at);
+    const Vector<Dtype, V> xs = Load<Dtype, V>(x, at);
+    for (int i = 0; i < V; ++i) {
+      AddValue(gs.v[i], XHat(xs.v[i], statistics), &sums->of);
+    }
   }
-  return p;
-}
 
-// Where part blockIdx.y of `all` begins and ends.
-static __device__ void PartRange(const Shape& shape, long long all,
-    unsigned* first, unsigned* end) {
-  *first = static_cast<unsigned>(all * blockIdx.y / shape.parts);
-  *end = static_cast<unsigned>(all * (blockIdx.y + 1) / shape.parts);
+ private:
+  static __device__ void AddValue(double value, double x_hat, Pair* of) {
+    of->first += value;
+    of->second += value * x_hat;
+  }
+  __device__ void AddGroup(const double (&gs)[GROUP],
+      const double (&xs)[GROUP], int count, Pair* of) const {
+    for (int i = 0; i < GROUP; ++i) {
+      if (i < count) { AddValue(gs[i], XHat(xs[i], statistics), of); }
+    }
+  }
+  __device__ void AddGroup(const float (&gs)[GROUP], const float (&xs)[GROUP],
+      int count, Pair* of) const {
+    float terms[GROUP];
+    for (int i = 0; i < GROUP; ++i) {
+      terms[i] = i < count ? gs[i] * XHat(xs[i], statistics) : 0;
+    }
+    of->second += Total(terms);
+    for (int i = 0; i < GROUP; ++i) { terms[i] = i < count ? gs[i] : 0; }
+    of->first += Total(terms);
+  }
+};
+
+// ---- Reductions ----
+
+// Values of the block's part, of a channel or of a column.
+static __device__ unsigned PartSize(const Shape& shape, int part) {
+  return part == shape.parts - 1 ? shape.last : shape.part;
 }
 
 // Calls see(offsets, loads) for groups of `loads` vectors of V values each
 // that a thread reads of a channel's segments, which follow one another for
 // this purpose, in its part. A blob has less than 2^31 values.
 template <int V, typename See>
-static __device__ void ForSegments(const Shape& shape, int channel, See see) {
+static __device__ void ForSegments(const Shape& shape, See see) {
   const unsigned length = shape.positions / V;
-  unsigned i, end;
-  PartRange(shape, static_cast<long long>(shape.samples) * length, &i, &end);
-  i += threadIdx.x;
+  const unsigned first = blockIdx.y * (shape.part / V);
+  const unsigned end = first + PartSize(shape, blockIdx.y) / V;
   const unsigned sample = static_cast<unsigned>(shape.channels)
       * shape.positions;
-  const unsigned start = static_cast<unsigned>(channel) * shape.positions;
+  const unsigned start = blockIdx.x * shape.positions;
+  unsigned i = first + threadIdx.x;
   // One division; then sample and position are stepped.
-  unsigned n = i / length;
-  unsigned position = i % length;
-  while (i < end) {
-    unsigned at[GROUP / V];
+  unsigned n = Divide(i, shape.by_length);
+  unsigned position = i - n * length;
+  const unsigned samples_a_step = Divide(THREADS, shape.by_length);
+  const unsigned positions_a_step = THREADS - samples_a_step * length;
+  const auto next = [&] {
+    const unsigned at = n * sample + start + position * V;
+    i += THREADS;
+    n += samples_a_step;
+    position += positions_a_step;
+    if (position >= length) {
+      position -= length;
+      ++n;
+    }
+    return at;
+  };
+  unsigned at[GROUP / V];
+  while (i + (GROUP / V - 1) * THREADS < end) {
+    for (int j = 0; j < GROUP / V; ++j) { at[j] = next(); }
+    see(at, GROUP / V);
+  }
+  if (i < end) {
     int loads = 0;
-    for (int j = 0; j < GROUP / V; ++j, i += THREADS) {
-      at[j] = n * sample + start + position * V;
+    for (int j = 0; j < GROUP / V; ++j) {
       loads += i < end;
-      n += THREADS / length;
-      position += THREADS % length;
-      if (position >= length) {
-        position -= length;
-        ++n;
-      }
+      at[j] = next();
     }
     see(at, loads);
   }
@@ -286,11 +322,17 @@ static __device__ void ForColumn(const Shape& shape, See see) {
       * shape.positions;
   const unsigned column = blockIdx.x * WARP + threadIdx.x % WARP;
   if (column >= columns) { return; }
-  unsigned n, end;
-  PartRange(shape, shape.samples, &n, &end);
-  n += threadIdx.x / WARP;
-  while (n < end) {
-    unsigned at[GROUP];
+  const unsigned first = blockIdx.y * shape.part;
+  const unsigned end = first + PartSize(shape, blockIdx.y);
+  unsigned n = first + threadIdx.x / WARP;
+  unsigned at[GROUP];
+  for (; n + (GROUP - 1) * ROWS < end; n += GROUP * ROWS) {
+    for (int j = 0; j < GROUP; ++j) {
+      at[j] = (n + j * ROWS) * columns + column;
+    }
+    see(at, GROUP);
+  }
+  if (n < end) {
     int loads = 0;
     for (int j = 0; j < GROUP; ++j, n += ROWS) {
       at[j] = n * columns + column;
@@ -300,200 +342,359 @@ static __device__ void ForColumn(const Shape& shape, See see) {
   }
 }
 
-template <typename Dtype, int V>
-static __device__ void SegmentMoments(const Shape& shape, const Dtype* x,
-    Partial* partials) {
-  Partial all = {0, 0, 0};
-  ForSegments<V>(shape, blockIdx.x,
-      [&](const unsigned (&at)[GROUP / V], int loads) {
-    Dtype values[GROUP];
-    LoadGroup<Dtype, V>(x, at, loads, values);
-    Merge(&all, GroupMoments<V>(values, loads));
-  });
-  all = JoinBlock<JoinMoments>(all);
+static __device__ bool Finite(const Pair& p) {
+  return isfinite(p.first) && isfinite(p.second);
+}
+
+static __device__ void Add(Pair* all, const Pair& more) {
+  all->first += more.first;
+  all->second += more.second;
+}
+
+// The sum over a warp, in lane 0.
+static __device__ Pair JoinWarp(Pair p) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2) {
+    Pair other;
+    other.first = __shfl_down_sync(FULL_MASK, p.first, offset);
+    other.second = __shfl_down_sync(FULL_MASK, p.second, offset);
+    Add(&p, other);
+  }
+  return p;
+}
+
+// The sum over a block, in thread 0; and in all, whether all were finite.
+static __device__ bool JoinBlock(Pair* p) {
+  __shared__ Pair warps[THREADS / WARP];
+  const bool bad = !Finite(*p);
+  *p = JoinWarp(*p);
+  if (threadIdx.x % WARP == 0) { warps[threadIdx.x / WARP] = *p; }
+  const bool all = !__syncthreads_or(bad);
   if (threadIdx.x == 0) {
-    partials[static_cast<size_t>(blockIdx.y) * shape.channels + blockIdx.x] =
-        all;
+    for (int i = 1; i < THREADS / WARP; ++i) { Add(p, warps[i]); }
+  }
+  return all;
+}
+
+// The sum over the rows of a block that reduces columns, in row 0; and in all,
+// whether all were finite.
+static __device__ bool JoinRows(Pair* p) {
+  __shared__ Pair rows[ROWS][WARP];
+  const int lane = threadIdx.x % WARP;
+  const int row = threadIdx.x / WARP;
+  rows[row][lane] = *p;
+  const bool all = !__syncthreads_or(!Finite(*p));
+  if (row == 0) {
+    for (int i = 1; i < ROWS; ++i) { Add(p, rows[i][lane]); }
+  }
+  return all;
+}
+
+// What a block reduces of its part: its channel's segments, by loads of V
+// values, or 32 columns. Join leaves sums to some threads, each of a column;
+// Share gives what such a thread has to all of its column.
+template <int V>
+struct Segments {
+  enum { kValues = V };
+  template <typename See>
+  static __device__ void For(const Shape& shape, See see) {
+    ForSegments<V>(shape, see);
+  }
+  static __device__ unsigned Column() { return blockIdx.x; }
+  static __device__ unsigned Channel(const Shape&) { return Column(); }
+  // Where the part's first value of the column lies.
+  static __device__ unsigned First(const Shape& shape) {
+    const unsigned first = blockIdx.y * (shape.part / V);
+    const unsigned n = Divide(first, shape.by_length);
+    const unsigned position = (first - n * (shape.positions / V)) * V;
+    return (n * shape.channels + blockIdx.x) * shape.positions + position;
+  }
+  static __device__ bool Join(Pair* p) { return JoinBlock(p); }
+  static __device__ bool HasSum() { return threadIdx.x == 0; }
+  static __device__ double Share(double value) {
+    __shared__ double shared;
+    if (HasSum()) { shared = value; }
+    __syncthreads();
+    return shared;
+  }
+};
+struct Columns {
+  enum { kValues = 1 };
+  template <typename See>
+  static __device__ void For(const Shape& shape, See see) {
+    ForColumn(shape, see);
+  }
+  static __device__ unsigned Column() {
+    return blockIdx.x * WARP + threadIdx.x % WARP;
+  }
+  static __device__ unsigned Channel(const Shape& shape) {
+    return Column() / shape.positions;
+  }
+  static __device__ unsigned First(const Shape& shape) {
+    return blockIdx.y * shape.part * shape.channels * shape.positions
+        + Column();
+  }
+  static __device__ bool Join(Pair* p) { return JoinRows(p); }
+  static __device__ bool HasSum() { return threadIdx.x < WARP; }
+  static __device__ double Share(double value) {
+    __shared__ double shared[WARP];
+    if (HasSum()) { shared[threadIdx.x] = value; }
+    __syncthreads();
+    return shared[threadIdx.x % WARP];
+  }
+};
+
+// The thread's sums.
+template <typename Over, typename Terms>
+static __device__ typename Terms::Sums Sum(const Shape& shape,
+    const Terms& terms) {
+  enum { kLoads = GROUP / Over::kValues };
+  typename Terms::Sums sums = {};
+  Over::For(shape, [&](const unsigned (&at)[kLoads], int loads) {
+    terms.template Add<Over::kValues>(at, loads, &sums);
+  });
+  return sums;
+}
+
+// The same where squares and sums of float have left its range: in double. It
+// stands behind the loop that all blocks run, where few registers are in use.
+// Inside, it cost them a third of their warps; as a call, stores of all that
+// it takes by reference.
+template <typename Over, typename Terms>
+static __device__ typename Terms::Sums SumWide(const Shape& shape,
+    const Terms& terms) {
+  enum { kLoads = GROUP / Over::kValues };
+  __syncthreads();  // the slowest still reads what the next join overwrites
+  typename Terms::Sums sums = {};
+  Over::For(shape, [&](const unsigned (&at)[kLoads], int loads) {
+    for (int j = 0; j < kLoads; ++j) {
+      if (j < loads) { terms.template AddWide<Over::kValues>(at[j], &sums); }
+    }
+  });
+  return sums;
+}
+
+// Mean and sum of squared distances from it, of the sums of D and D^2.
+static __device__ Pair MeanAndM2(double reference, double count,
+    const Pair& sums) {
+  const double distance = sums.first / count;
+  const double m2 = sums.second - sums.first * distance;
+  Pair result;
+  result.first = reference + distance;
+  result.second = m2 < 0 ? 0 : m2;  // rounding took it there
+  if (!isfinite(distance)) {
+    // Of values that are not finite: no number that could pass for one.
+    result.first = result.second = nan("");
+  } else if (isinf(sums.second)) {
+    result.second = sums.second;
+  }
+  return result;
+}
+
+// Joins the sums of the column's threads, from the reference that is left.
+template <typename Dtype, typename Over>
+static __device__ bool JoinMoments(const typename Moments<Dtype>::Sums& sums,
+    double count, double* reference, Pair* all) {
+  if (sizeof(Dtype) == sizeof(double)) {
+    // Of a value, the mean is within a few hundred standard deviations; of the
+    // mean, within none: of float nobody would see the difference.
+    *all = sums.From(*reference);
+    Over::Join(all);
+    *reference = Over::Share(*reference + all->first / count);
+  }
+  *all = sums.From(*reference);
+  return Over::Join(all);
+}
+
+template <typename Dtype, typename Over>
+static __device__ void PartMoments(const Shape& shape,
+    const Dtype* __restrict__ x, Pair* __restrict__ partials) {
+  const size_t columns = static_cast<size_t>(shape.channels) * shape.width;
+  const unsigned column = Over::Column();
+  const double count = PartSize(shape, blockIdx.y);
+  const Moments<Dtype> moments = {x};
+  typename Moments<Dtype>::Sums sums = Sum<Over>(shape, moments);
+  // Loaded here and not above: a loop would begin with waiting for it.
+  double reference = column < columns ? x[Over::First(shape)] : Dtype(0);
+  Pair all;
+  if (!JoinMoments<Dtype, Over>(sums, count, &reference, &all)
+      && sizeof(Dtype) < sizeof(double)) {
+    sums = SumWide<Over>(shape, moments);
+    JoinMoments<Dtype, Over>(sums, count, &reference, &all);
+  }
+  if (Over::HasSum() && column < columns) {
+    partials[blockIdx.y * columns + column] = MeanAndM2(reference, count, all);
   }
 }
 
-template <typename Dtype>
-static __device__ void ColumnMoments(const Shape& shape, const Dtype* x,
-    Partial* partials) {
-  Partial all = {0, 0, 0};
-  ForColumn(shape, [&](const unsigned (&at)[GROUP], int loads) {
-    Dtype values[GROUP];
-    LoadGroup<Dtype, 1>(x, at, loads, values);
-    Merge(&all, GroupMoments<1>(values, loads));
-  });
-  all = JoinRows<JoinMoments>(all);
-  const size_t columns = static_cast<size_t>(shape.channels) * shape.positions;
-  const size_t column = static_cast<size_t>(blockIdx.x) * WARP + threadIdx.x;
-  if (threadIdx.x < WARP && column < columns) {
+template <typename Dtype, typename Over>
+static __device__ void PartGradients(const Shape& shape,
+    const Dtype* __restrict__ g, const Dtype* __restrict__ x, bool x_is_hat,
+    const Statistics<Dtype>* __restrict__ channels,
+    Pair* __restrict__ partials) {
+  const size_t columns = static_cast<size_t>(shape.channels) * shape.width;
+  const unsigned column = Over::Column();
+  const Gradients<Dtype> gradients = {g, x,
+      Of(channels, column < columns ? Over::Channel(shape) : 0, x_is_hat)};
+  Pair all = Sum<Over>(shape, gradients).of;
+  if (!Over::Join(&all) && sizeof(Dtype) < sizeof(double)) {
+    all = SumWide<Over>(shape, gradients).of;
+    Over::Join(&all);
+  }
+  if (Over::HasSum() && column < columns) {
     partials[blockIdx.y * columns + column] = all;
   }
 }
 
-template <typename Dtype, int V>
-static __device__ void SegmentGradients(const Shape& shape, const Dtype* g,
-    const Dtype* x, bool x_is_hat, const Channel<Dtype>* channels,
-    Partial* partials) {
-  const Channel<Dtype> channel = Of(channels, blockIdx.x, x_is_hat);
-  Partial sums = {0, 0, 0};
-  ForSegments<V>(shape, blockIdx.x,
-      [&](const unsigned (&at)[GROUP / V], int loads) {
-    Dtype gs[GROUP], xs[GROUP];
-    LoadGroup<Dtype, V>(g, at, loads, gs);
-    LoadGroup<Dtype, V>(x, at, loads, xs);
-    JoinSums::Join(&sums, GroupGradients<V>(gs, xs, channel, loads));
-  });
-  sums = JoinBlock<JoinSums>(sums);
-  if (threadIdx.x == 0) {
-    partials[static_cast<size_t>(blockIdx.y) * shape.channels + blockIdx.x] =
-        sums;
-  }
-}
-
-template <typename Dtype>
-static __device__ void ColumnGradients(const Shape& shape, const Dtype* g,
-    const Dtype* x, bool x_is_hat, const Channel<Dtype>* channels,
-    Partial* partials) {
-  const size_t columns = static_cast<size_t>(shape.channels) * shape.positions;
-  const size_t column = static_cast<size_t>(blockIdx.x) * WARP
-      + threadIdx.x % WARP;
-  const Channel<Dtype> channel = Of(channels,
-      column < columns ? column / shape.positions : 0, x_is_hat);
-  Partial sums = {0, 0, 0};
-  ForColumn(shape, [&](const unsigned (&at)[GROUP], int loads) {
-    Dtype gs[GROUP], xs[GROUP];
-    LoadGroup<Dtype, 1>(g, at, loads, gs);
-    LoadGroup<Dtype, 1>(x, at, loads, xs);
-    JoinSums::Join(&sums, GroupGradients<1>(gs, xs, channel, loads));
-  });
-  sums = JoinRows<JoinSums>(sums);
-  if (threadIdx.x < WARP && column < columns) {
-    partials[blockIdx.y * columns + column] = sums;
-  }
-}
-
-// The join of a channel's partials, in lane 0 of its warp: of each part the
-// `width` ones of the channel. Negative where the warp has no channel.
-template <typename How>
-static __device__ int JoinParts(const Shape& shape, int width,
-    const Partial* partials, Partial* all) {
-  const int channel = blockIdx.x * ROWS + threadIdx.x / WARP;
-  if (channel >= shape.channels) { return -1; }
-  const int lane = threadIdx.x % WARP;
+// Calls see(partial, part) for the partials of a channel that a lane joins.
+template <typename See>
+static __device__ void ForPartials(const Shape& shape, int channel,
+    const Pair* __restrict__ partials, See see) {
+  const unsigned width = shape.width;
+  partials += static_cast<size_t>(channel) * width;
   const size_t row = static_cast<size_t>(shape.channels) * width;
-  const size_t start = static_cast<size_t>(channel) * width;
-  Partial sum = {0, 0, 0};
-  for (int i = lane; i < shape.parts * width; i += WARP) {
-    How::Join(&sum, partials[i / width * row + start + i % width]);
+  const unsigned lane = threadIdx.x % WARP;
+  unsigned part = lane / width;
+  unsigned column = lane % width;
+  const unsigned parts_a_step = WARP / width;
+  const unsigned columns_a_step = WARP % width;
+  while (part < static_cast<unsigned>(shape.parts)) {
+    see(partials[part * row + column], part);
+    part += parts_a_step;
+    column += columns_a_step;
+    if (column >= width) {
+      column -= width;
+      ++part;
+    }
   }
-  *all = JoinWarp<How>(sum);
-  return lane == 0 ? channel : -1;
 }
 
 template <typename Dtype>
-static __device__ void FinishMoments(const Shape& shape, int width,
-    double momentum, double eps, const Partial* partials, Dtype* moving_mean,
-    Dtype* moving_inv_std, Channel<Dtype>* channels,
+static __device__ void FinishMoments(const Shape& shape, double momentum,
+    double eps, const Pair* __restrict__ partials, Dtype* moving_mean,
+    Dtype* moving_inv_std, Statistics<Dtype>* channels,
     volatile unsigned long long* constant_channel) {
-  Partial all;
-  const int c = JoinParts<JoinMoments>(shape, width, partials, &all);
-  if (c < 0) { return; }
-  if (all.m2 == 0) { *constant_channel = c; }
-  const double inv_std = 1 / sqrt(all.m2 / all.count + eps);
-  const Dtype high = static_cast<Dtype>(all.mean);
-  channels[c].high = high;
-  channels[c].low =
-      static_cast<Dtype>(all.mean - static_cast<double>(high));
-  channels[c].inv_std = static_cast<Dtype>(inv_std);
+  const int c = blockIdx.x * ROWS + threadIdx.x / WARP;
+  if (c >= shape.channels) { return; }
+  const double reference =
+      partials[static_cast<size_t>(c) * shape.width].first;
+  Pair sums = {0, 0};
+  ForPartials(shape, c, partials, [&](const Pair& part, unsigned number) {
+    const double count = PartSize(shape, number);
+    const double distance = part.first - reference;
+    sums.first += count * distance;
+    sums.second += part.second + count * (distance * distance);
+  });
+  sums = JoinWarp(sums);
+  if (threadIdx.x % WARP != 0) { return; }
+  const double count = static_cast<double>(shape.samples) * shape.positions;
+  const Pair all = MeanAndM2(reference, count, sums);
+  if (all.second == 0) { *constant_channel = c; }
+  const double inv_std = 1 / sqrt(all.second / count + eps);
+  Statistics<Dtype> of;
+  of.high = static_cast<Dtype>(all.first);
+  of.low = static_cast<Dtype>(all.first - static_cast<double>(of.high));
+  of.inv_std = static_cast<Dtype>(inv_std);
+  of.unused = 0;
+  channels[c] = of;
   moving_mean[c] = static_cast<Dtype>(
-      momentum * moving_mean[c] + (1 - momentum) * all.mean);
+      momentum * moving_mean[c] + (1 - momentum) * all.first);
   moving_inv_std[c] = static_cast<Dtype>(
       momentum * moving_inv_std[c] + (1 - momentum) * inv_std);
 }
 
 template <typename Dtype>
-static __device__ void FinishGradients(const Shape& shape, int width,
-    const Partial* partials, Dtype* slope_diff, Dtype* bias_diff,
-    Channel<Dtype>* channels) {
-  Partial all;
-  const int c = JoinParts<JoinSums>(shape, width, partials, &all);
-  if (c < 0) { return; }
+static __device__ void FinishGradients(const Shape& shape,
+    const Pair* __restrict__ partials, Dtype* slope_diff, Dtype* bias_diff,
+    Means<Dtype>* means) {
+  const int c = blockIdx.x * ROWS + threadIdx.x / WARP;
+  if (c >= shape.channels) { return; }
+  Pair sums = {0, 0};
+  ForPartials(shape, c, partials,
+      [&](const Pair& part, unsigned) { Add(&sums, part); });
+  sums = JoinWarp(sums);
+  if (threadIdx.x % WARP != 0) { return; }
   const double share =
       1 / (static_cast<double>(shape.samples) * shape.positions);
-  channels[c].mean_g = static_cast<Dtype>(all.mean * share);
-  channels[c].mean_g_x_hat = static_cast<Dtype>(all.m2 * share);
-  if (slope_diff) { slope_diff[c] += static_cast<Dtype>(all.m2); }
-  if (bias_diff) { bias_diff[c] += static_cast<Dtype>(all.mean); }
+  Means<Dtype> of;
+  of.g = static_cast<Dtype>(sums.first * share);
+  of.g_x_hat = static_cast<Dtype>(sums.second * share);
+  means[c] = of;
+  if (slope_diff) { slope_diff[c] += static_cast<Dtype>(sums.second); }
+  if (bias_diff) { bias_diff[c] += static_cast<Dtype>(sums.first); }
 }
 
 // The moving statistics as those of this pass.
 template <typename Dtype>
-static __device__ void TakeMoving(int num_channels, const Dtype* moving_mean,
-    const Dtype* moving_inv_std, Channel<Dtype>* channels) {
+static __device__ void TakeMoving(int num_channels,
+    const Dtype* __restrict__ moving_mean,
+    const Dtype* __restrict__ moving_inv_std, Statistics<Dtype>* channels) {
   const int c = blockIdx.x * THREADS + threadIdx.x;
   if (c < num_channels) {
-    channels[c].high = moving_mean[c];
-    channels[c].low = 0;
-    channels[c].inv_std = moving_inv_std[c];
+    Statistics<Dtype> of;
+    of.high = moving_mean[c];
+    of.low = 0;
+    of.inv_std = moving_inv_std[c];
+    of.unused = 0;
+    channels[c] = of;
   }
 }
 
 // ---- Passes over all values ----
 
-// The vectors of V neighbours, each in one channel, that are a thread's.
+// The vectors of V neighbours, each in one channel, that are a thread's. The
+// blocks go from the last values to the first: what the reduction before them
+// has read last is in the L2 cache still.
 template <typename Dtype, int V>
 struct Place {
-  enum { kVectors = LOAD / sizeof(Dtype) / V };
-  unsigned at[kVectors];
-  unsigned channel[kVectors];
+  enum { kVectors = PASS / sizeof(Dtype) / V };
+  const Shape& shape;
+  unsigned first;
   int vectors;
 
   // A blob has less than 2^31 values.
-  explicit __device__ Place(const Shape& shape) : vectors(0) {
-    const unsigned length = shape.positions / V;
-    const unsigned channels = shape.channels;
-    unsigned i = blockIdx.x * (THREADS * kVectors) + threadIdx.x;
-    for (int j = 0; j < kVectors; ++j, i += THREADS) {
-      const unsigned row = i / length;
-      at[j] = i * V;
-      channel[j] = row % channels;
-      vectors += row < channels * shape.samples;
-    }
+  explicit __device__ Place(const Shape& shape) : shape(shape), vectors(0) {
+    const unsigned block = gridDim.x - 1 - blockIdx.x;
+    first = block * (THREADS * kVectors) + threadIdx.x;
+    const unsigned all = static_cast<unsigned>(shape.samples) * shape.channels
+        * (static_cast<unsigned>(shape.positions) / V);
+    for (int j = 0; j < kVectors; ++j) { vectors += first + j * THREADS < all; }
+  }
+  __device__ unsigned At(int j) const { return (first + j * THREADS) * V; }
+  __device__ unsigned Channel(int j) const {
+    const unsigned row = Divide(first + j * THREADS, shape.by_length);
+    return row - Divide(row, shape.by_channels) * shape.channels;
   }
   // All before the first store: they may not change places, and overlap.
   __device__ void LoadAll(const Dtype* from,
       Vector<Dtype, V> (&values)[kVectors]) const {
     for (int j = 0; j < kVectors; ++j) {
-      if (j < vectors) { values[j] = Load<Dtype, V>(from, at[j]); }
+      if (j < vectors) { values[j] = Load<Dtype, V>(from, At(j)); }
     }
   }
   __device__ void Store(Dtype* to, int j,
       const Vector<Dtype, V>& values) const {
-    *reinterpret_cast<Vector<Dtype, V>*>(to + at[j]) = values;
+    *reinterpret_cast<Vector<Dtype, V>*>(to + At(j)) = values;
   }
 };
 
 // y and, unless null, x_hat. x and y may be the same memory.
 template <typename Dtype, int V>
 static __device__ void Normalize(const Shape& shape,
-    const Channel<Dtype>* channels, const Dtype* slope, const Dtype* bias,
+    const Statistics<Dtype>* __restrict__ channels,
+    const Dtype* __restrict__ slope, const Dtype* __restrict__ bias,
     const Dtype* x, Dtype* y, Dtype* x_hat) {
   const Place<Dtype, V> place(shape);
   Vector<Dtype, V> values[place.kVectors];
   place.LoadAll(x, values);
   for (int j = 0; j < place.kVectors; ++j) {
     if (j >= place.vectors) { break; }
-    const unsigned c = place.channel[j];
-    const Channel<Dtype> channel = channels[c];
+    const unsigned c = place.Channel(j);
+    const Statistics<Dtype> of = channels[c];
     const Dtype slope_c = slope[c];
     const Dtype bias_c = bias[c];
     Vector<Dtype, V> hats, result;
     for (int i = 0; i < V; ++i) {
-      hats.v[i] = XHat(values[j].v[i], channel);
+      hats.v[i] = XHat(values[j].v[i], of);
       result.v[i] = hats.v[i] * slope_c + bias_c;
     }
     if (x_hat) { place.Store(x_hat, j, hats); }
@@ -505,22 +706,25 @@ static __device__ void Normalize(const Shape& shape,
 // the moving ones, which no sample changes, and x is not read.
 template <typename Dtype, int V>
 static __device__ void PassDown(const Shape& shape,
-    const Channel<Dtype>* channels, const Dtype* slope, const Dtype* g,
-    const Dtype* x, bool x_is_hat, bool by_batch, Dtype* dx) {
+    const Statistics<Dtype>* __restrict__ channels,
+    const Means<Dtype>* __restrict__ means, const Dtype* __restrict__ slope,
+    const Dtype* g, const Dtype* x, bool x_is_hat, bool by_batch, Dtype* dx) {
   const Place<Dtype, V> place(shape);
   Vector<Dtype, V> gs[place.kVectors], xs[place.kVectors];
   place.LoadAll(g, gs);
   if (by_batch) { place.LoadAll(x, xs); }
   for (int j = 0; j < place.kVectors; ++j) {
     if (j >= place.vectors) { break; }
-    const unsigned c = place.channel[j];
-    const Dtype factor = slope[c] * channels[c].inv_std;
+    const unsigned c = place.Channel(j);
+    Statistics<Dtype> of = channels[c];
+    const Dtype factor = slope[c] * of.inv_std;
     Vector<Dtype, V> result;
     if (by_batch) {
-      const Channel<Dtype> channel = Of(channels, c, x_is_hat);
+      of = Of(channels, c, x_is_hat);
+      const Means<Dtype> mean = means[c];
       for (int i = 0; i < V; ++i) {
-        result.v[i] = factor * ((gs[j].v[i] - channel.mean_g)
-            - XHat(xs[j].v[i], channel) * channel.mean_g_x_hat);
+        result.v[i] = factor * ((gs[j].v[i] - mean.g)
+            - XHat(xs[j].v[i], of) * mean.g_x_hat);
       }
     } else {
       for (int i = 0; i < V; ++i) { result.v[i] = factor * gs[j].v[i]; }
@@ -530,55 +734,65 @@ static __device__ void PassDown(const Shape& shape,
 }
 
 // Kernels that load vectors exist for the widest load and for single values;
-// by columns there are only single values.
+// by columns there are only single values. What `in place` may make one memory
+// is not __restrict__. Without __launch_bounds__: with it, nvcc spills on some
+// architectures, to fit in more blocks.
+#define KERNEL extern "C" __global__ void
+
 #define VECTOR_KERNELS(Dtype, suffix, V) \
-  extern "C" __global__ void bn_segment_moments_##suffix(Shape shape, \
-      const Dtype* x, Partial* partials) { \
-    SegmentMoments<Dtype, V>(shape, x, partials); \
+  KERNEL bn_segment_moments_##suffix(Shape shape, \
+      const Dtype* __restrict__ x, Pair* __restrict__ partials) { \
+    PartMoments<Dtype, Segments<V> >(shape, x, partials); \
   } \
-  extern "C" __global__ void bn_segment_gradients_##suffix(Shape shape, \
-      const Dtype* g, const Dtype* x, int x_is_hat, \
-      const Channel<Dtype>* channels, Partial* partials) { \
-    SegmentGradients<Dtype, V>(shape, g, x, x_is_hat, channels, partials); \
+  KERNEL bn_segment_gradients_##suffix(Shape shape, \
+      const Dtype* __restrict__ g, const Dtype* __restrict__ x, int x_is_hat, \
+      const Statistics<Dtype>* __restrict__ channels, \
+      Pair* __restrict__ partials) { \
+    PartGradients<Dtype, Segments<V> >(shape, g, x, x_is_hat, channels, \
+        partials); \
   } \
-  extern "C" __global__ void bn_normalize_##suffix(Shape shape, \
-      const Channel<Dtype>* channels, const Dtype* slope, const Dtype* bias, \
+  KERNEL bn_normalize_##suffix(Shape shape, \
+      const Statistics<Dtype>* __restrict__ channels, \
+      const Dtype* __restrict__ slope, const Dtype* __restrict__ bias, \
       const Dtype* x, Dtype* y, Dtype* x_hat) { \
     Normalize<Dtype, V>(shape, channels, slope, bias, x, y, x_hat); \
   } \
-  extern "C" __global__ void bn_pass_down_##suffix(Shape shape, \
-      const Channel<Dtype>* channels, const Dtype* slope, const Dtype* g, \
-      const Dtype* x, int x_is_hat, int by_batch, Dtype* dx) { \
-    PassDown<Dtype, V>(shape, channels, slope, g, x, x_is_hat, by_batch, \
-        dx); \
+  KERNEL bn_pass_down_##suffix(Shape shape, \
+      const Statistics<Dtype>* __restrict__ channels, \
+      const Means<Dtype>* __restrict__ means, \
+      const Dtype* __restrict__ slope, const Dtype* g, const Dtype* x, \
+      int x_is_hat, int by_batch, Dtype* dx) { \
+    PassDown<Dtype, V>(shape, channels, means, slope, g, x, x_is_hat, \
+        by_batch, dx); \
   }
 
 #define KERNELS(Dtype, suffix) \
-  extern "C" __global__ void bn_column_moments_##suffix(Shape shape, \
-      const Dtype* x, Partial* partials) { \
-    ColumnMoments<Dtype>(shape, x, partials); \
+  KERNEL bn_column_moments_##suffix(Shape shape, \
+      const Dtype* __restrict__ x, Pair* __restrict__ partials) { \
+    PartMoments<Dtype, Columns>(shape, x, partials); \
   } \
-  extern "C" __global__ void bn_column_gradients_##suffix(Shape shape, \
-      const Dtype* g, const Dtype* x, int x_is_hat, \
-      const Channel<Dtype>* channels, Partial* partials) { \
-    ColumnGradients<Dtype>(shape, g, x, x_is_hat, channels, partials); \
+  KERNEL bn_column_gradients_##suffix(Shape shape, \
+      const Dtype* __restrict__ g, const Dtype* __restrict__ x, int x_is_hat, \
+      const Statistics<Dtype>* __restrict__ channels, \
+      Pair* __restrict__ partials) { \
+    PartGradients<Dtype, Columns>(shape, g, x, x_is_hat, channels, partials); \
   } \
-  extern "C" __global__ void bn_finish_moments_##suffix(Shape shape, \
-      int width, double momentum, double eps, const Partial* partials, \
-      Dtype* moving_mean, Dtype* moving_inv_std, Channel<Dtype>* channels, \
+  KERNEL bn_finish_moments_##suffix(Shape shape, double momentum, \
+      double eps, const Pair* __restrict__ partials, Dtype* moving_mean, \
+      Dtype* moving_inv_std, Statistics<Dtype>* channels, \
       unsigned long long* constant_channel) { \
-    FinishMoments<Dtype>(shape, width, momentum, eps, partials, moving_mean, \
+    FinishMoments<Dtype>(shape, momentum, eps, partials, moving_mean, \
         moving_inv_std, channels, constant_channel); \
   } \
-  extern "C" __global__ void bn_finish_gradients_##suffix(Shape shape, \
-      int width, const Partial* partials, Dtype* slope_diff, \
-      Dtype* bias_diff, Channel<Dtype>* channels) { \
-    FinishGradients<Dtype>(shape, width, partials, slope_diff, bias_diff, \
-        channels); \
+  KERNEL bn_finish_gradients_##suffix(Shape shape, \
+      const Pair* __restrict__ partials, Dtype* slope_diff, \
+      Dtype* bias_diff, Means<Dtype>* means) { \
+    FinishGradients<Dtype>(shape, partials, slope_diff, bias_diff, means); \
   } \
-  extern "C" __global__ void bn_take_moving_##suffix(int num_channels, \
-      const Dtype* moving_mean, const Dtype* moving_inv_std, \
-      Channel<Dtype>* channels) { \
+  KERNEL bn_take_moving_##suffix(int num_channels, \
+      const Dtype* __restrict__ moving_mean, \
+      const Dtype* __restrict__ moving_inv_std, \
+      Statistics<Dtype>* channels) { \
     TakeMoving<Dtype>(num_channels, moving_mean, moving_inv_std, channels); \
   }
 

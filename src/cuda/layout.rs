@@ -5,8 +5,10 @@
 pub mod large_margin {
     /// Threads of a block.
     pub const THREADS: u32 = 128;
-    /// Samples that one block folds and sorts.
+    /// Samples that one block sorts.
     pub const TILE: usize = 1024;
+    /// Bytes of the widest load.
+    pub const LOAD: usize = 16;
     /// Bytes of a sample's `Coefficients`.
     pub const COEFFICIENTS: usize = 32;
 
@@ -14,6 +16,7 @@ pub mod large_margin {
     pub const MACROS: &[(&str, usize)] = &[
         ("THREADS", THREADS as usize),
         ("TILE", TILE),
+        ("LOAD", LOAD),
         ("COEFFICIENTS", COEFFICIENTS),
     ];
 }
@@ -24,23 +27,36 @@ pub mod batch_norm {
     pub const THREADS: u32 = 256;
     /// Threads of a warp.
     pub const WARP: usize = 32;
-    /// Bytes of the widest load, and what a thread has of each blob in a pass
-    /// over all values.
+    /// Bytes of the widest load.
     pub const LOAD: usize = 16;
-    /// Bytes of a `Partial`.
-    pub const PARTIAL: usize = 24;
-    /// Values of a `Channel`.
-    pub const CHANNEL: usize = 5;
+    /// Bytes that a thread has of each blob in a pass over all values.
+    pub const PASS: usize = 32;
+    /// Values of a channel, or rows of a column, that a block of a reduction
+    /// reads at once: its parts are multiples of it.
+    pub const SEGMENT_ROUND: usize = GROUP * THREADS as usize;
+    /// The same of a column.
+    pub const COLUMN_ROUND: usize = GROUP * THREADS as usize / WARP;
+    /// Values that a thread of a reduction has in its registers.
+    pub const GROUP: usize = 8;
+    /// Bytes of a `Pair`, what a part leaves to the join.
+    pub const PAIR: usize = 16;
+    /// Values of a channel's `Statistics`.
+    pub const STATISTICS: usize = 4;
+    /// Values of a channel's `Means`.
+    pub const MEANS: usize = 2;
     /// Bytes of a `Shape`.
-    pub const SHAPE: usize = 16;
+    pub const SHAPE: usize = 52;
 
     /// The macros of the kernels.
     pub const MACROS: &[(&str, usize)] = &[
         ("THREADS", THREADS as usize),
         ("WARP", WARP),
         ("LOAD", LOAD),
-        ("PARTIAL", PARTIAL),
-        ("CHANNEL", CHANNEL),
+        ("PASS", PASS),
+        ("GROUP", GROUP),
+        ("PAIR", PAIR),
+        ("STATISTICS", STATISTICS),
+        ("MEANS", MEANS),
         ("SHAPE", SHAPE),
     ];
 }

@@ -1,10 +1,10 @@
 //! Forward and backward on device memory: the launches.
 //!
 //! Forward: InnerProduct's product on Caffe's cuBLAS handle and one kernel of
-//! `kernels.cu`; backward: one kernel before its products, which folds and
-//! sorts, and one behind them. Nothing waits for the device and nothing is
-//! allocated; what one pass leaves to the other lies in device memory that
-//! Caffe keeps ([`LargeMarginInnerProduct::device_bytes`]).
+//! `kernels.cu`, which also sorts the samples by class; backward: one kernel
+//! before its products and one behind them. Nothing waits for the device and
+//! nothing is allocated; what one pass leaves to the other lies in device memory
+//! that Caffe keeps ([`LargeMarginInnerProduct::device_bytes`]).
 
 use super::{LargeMarginInnerProduct, Sizes};
 use crate::blas::{DeviceGemm, Op};
@@ -21,8 +21,8 @@ static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/large_margin.fat
 #[derive(Debug)]
 pub(super) struct State {
     forward: Kernel,
-    fold: Kernel,
     merge: Kernel,
+    fold: Kernel,
     backward: Kernel,
     bad_label: Mailbox,
     /// Whether the last forward pass had labels.
@@ -34,8 +34,8 @@ impl State {
         let kernels = Kernels::load(IMAGE)?;
         Ok(State {
             forward: kernels.get::<T>("large_margin_forward")?,
-            fold: kernels.get::<T>("large_margin_fold")?,
             merge: kernels.get::<T>("large_margin_merge")?,
+            fold: kernels.get::<T>("large_margin_fold")?,
             backward: kernels.get::<T>("large_margin_backward")?,
             bad_label: kernels.mailbox()?,
             labels: false,
@@ -80,28 +80,37 @@ pub struct Backward<T> {
     pub scratch: *mut u8,
 }
 
+/// The kernels' `Labels`.
+#[repr(C)]
+struct Labels {
+    classes: i32,
+    has_ignore_label: i32,
+    ignore_label: i32,
+}
+
 /// Where in the scratch memory what lies.
 pub(super) struct Scratch {
     coefficients: *mut u8,
-    /// Classes and samples, sorted; and room to merge them in.
+    /// Classes and samples, sorted by tiles; and room to merge them in.
     keys: [*mut u64; 2],
     /// What the target entries of the top gradient were.
     entries: *mut u8,
-    classes: *mut i32,
+    /// What the rows of dW get of each class's samples in a block of Fold.
+    sums: *mut f64,
 }
 
 impl Scratch {
     /// Bytes a sample: the widest entry is an f64.
-    pub(super) const BYTES: usize = COEFFICIENTS + 3 * size_of::<u64>() + size_of::<i32>();
+    pub(super) const BYTES: usize = COEFFICIENTS + 4 * size_of::<u64>();
 
     fn new(start: *mut u8, samples: usize) -> Self {
-        // What is aligned to 8 bytes comes first.
+        // What is aligned to 16 bytes comes first.
         let at = |bytes: usize| start.wrapping_add(samples * bytes);
         Scratch {
             coefficients: start,
             keys: [at(COEFFICIENTS).cast(), at(COEFFICIENTS + 8).cast()],
             entries: at(COEFFICIENTS + 16),
-            classes: at(COEFFICIENTS + 24).cast(),
+            sums: at(COEFFICIENTS + 24).cast(),
         }
     }
 }
@@ -148,22 +157,32 @@ impl LargeMarginInnerProduct {
                 cuda::copy(pass.logits, pass.plain, cells)?;
             }
             if m != 0 && state.labels {
+                let labels = Labels {
+                    classes: n,
+                    has_ignore_label: i32::from(self.ignore_label.is_some()),
+                    ignore_label: self.ignore_label.unwrap_or(0),
+                };
+                // Without a margin, labels are checked alone.
+                let tiles = match self.margin.m() {
+                    1 => 0,
+                    _ => int(sizes.samples.div_ceil(TILE))?,
+                };
                 state.forward.launch(
-                    (m as u32, 1),
+                    (tiles as u32 + m as u32, 1),
                     THREADS,
                     kernel_args![
-                        n,
+                        m,
+                        tiles,
+                        labels,
                         k,
                         self.margin.m() as i32,
                         self.lambda,
-                        i32::from(self.ignore_label.is_some()),
-                        self.ignore_label.unwrap_or(0),
                         pass.features,
                         pass.labels,
                         pass.weights,
                         pass.logits,
                         scratch.coefficients,
-                        scratch.classes,
+                        scratch.keys[0],
                         state.bad_label.device_address(),
                     ],
                 )?;
@@ -201,9 +220,24 @@ impl LargeMarginInnerProduct {
         let (zero, one) = (T::default(), T::from_f64(1.0));
         // SAFETY: the caller's, for every call in this block.
         unsafe {
-            let mut keys = std::ptr::null_mut();
+            let mut keys = scratch.keys[0];
             if has_targets {
-                keys = Self::fold(state, [m, n], pass.logits_diff, &scratch, !dw.is_null())?;
+                if !dw.is_null() {
+                    keys = Self::merge(state, m, &scratch)?;
+                }
+                state.fold.launch(
+                    (m.cast_unsigned().div_ceil(THREADS), 1),
+                    THREADS,
+                    kernel_args![
+                        m,
+                        n,
+                        scratch.coefficients,
+                        keys,
+                        pass.logits_diff,
+                        scratch.entries,
+                        scratch.sums,
+                    ],
+                )?;
             }
             let diffs = [pass.logits_diff.cast_const(), pass.plain_diff];
             let diffs = || diffs.into_iter().filter(|diff| !diff.is_null());
@@ -223,7 +257,7 @@ impl LargeMarginInnerProduct {
                 return Ok(());
             }
             state.backward.launch(
-                (m as u32, 1),
+                (m as u32, if dw.is_null() { 1 } else { 2 }),
                 THREADS,
                 kernel_args![
                     m,
@@ -232,9 +266,9 @@ impl LargeMarginInnerProduct {
                     pass.features,
                     pass.weights,
                     scratch.coefficients,
-                    scratch.classes,
-                    scratch.entries,
                     keys,
+                    scratch.entries,
+                    scratch.sums,
                     pass.logits_diff,
                     dx,
                     dw,
@@ -243,48 +277,28 @@ impl LargeMarginInnerProduct {
         }
     }
 
-    /// Folds a into the target entries of `diff` and, where `sorted`, returns
-    /// where the sorted keys will be.
+    /// Merges the sorted tiles of keys, and returns where all are sorted then.
+    /// A second backward pass finds longer runs there, which are tiles as well.
     ///
     /// # Safety
     /// As [`forward_gpu`](Self::forward_gpu).
-    unsafe fn fold<T: DeviceDtype>(
-        state: &State,
-        [m, n]: [i32; 2],
-        diff: *mut T,
-        scratch: &Scratch,
-        sorted: bool,
-    ) -> Result<*mut u64> {
+    unsafe fn merge(state: &State, m: i32, scratch: &Scratch) -> Result<*mut u64> {
         let samples = m as usize;
         let [mut from, mut to] = scratch.keys;
-        let keys = if sorted { from } else { std::ptr::null_mut() };
-        // SAFETY: the caller's; the arguments of the kernels are those of
-        // large_margin_fold_* and large_margin_merge_*, in order.
-        unsafe {
-            state.fold.launch(
-                (samples.div_ceil(TILE) as u32, 1),
-                THREADS,
-                kernel_args![
-                    m,
-                    n,
-                    scratch.coefficients,
-                    scratch.classes,
-                    diff,
-                    scratch.entries,
-                    keys,
-                ],
-            )?;
-            let mut run = TILE;
-            while sorted && run < samples {
-                let blocks = samples.div_ceil(THREADS as usize);
-                let length = int(run)?;
+        let mut run = TILE;
+        while run < samples {
+            let blocks = samples.div_ceil(THREADS as usize);
+            let length = int(run)?;
+            // SAFETY: the caller's; the arguments are those of
+            // large_margin_merge_*, in order.
+            unsafe {
                 let args = kernel_args![m, length, from, to];
                 state.merge.launch((blocks as u32, 1), THREADS, args)?;
-                (from, to) = (to, from);
-                run *= 2;
             }
+            (from, to) = (to, from);
+            run *= 2;
         }
-        Ok(if sorted { from } else { keys })
+        Ok(from)
     }
 
     /// Waits for the kernels that may report a bad label, for the layer's last

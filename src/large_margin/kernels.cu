@@ -1,29 +1,54 @@
 // The margin layer on the GPU: what is left beside cuBLAS's products.
 //
-// Forward: a kernel behind the product, a block a sample, finds the
-// coefficients of correction.rs and puts the margin on the target logit.
+// Forward: a kernel behind the product. A block a sample finds the coefficients
+// of correction.rs and puts the margin on the target logit; beside them, a
+// block a tile of samples sorts these by class, for the backward pass.
 // Backward: a kernel before the products folds a into the target entries of
-// the top gradient and sorts the samples by class; one behind them puts the
-// entries back and adds to each row of dx its x and, a block a class, to each
-// row of dW its w. All sums are made in a fixed order and no float is added
-// atomically, so two runs give the same bits.
+// the top gradient and sums up, over each class of a tile, what its row of dW
+// gets; one behind them puts the entries back and adds to each row of dx its x
+// and to each row of dW its w. Neither kernel can do the other's work, as the
+// products stand between them. All sums are made in a fixed order and no float
+// is added atomically, so two runs give the same bits.
 //
-// THREADS, TILE and COEFFICIENTS come from src/cuda/layout.rs.
+// THREADS, TILE, LOAD and COEFFICIENTS come from src/cuda/layout.rs.
 
 #define WARP 32
 #define FULL_MASK 0xffffffffu
 
-// What the backward pass needs of a sample.
-struct Coefficients {
+// What the backward pass needs of a sample with a class.
+struct alignas(16) Coefficients {
   double a;  // what the target entry grows by, times itself
   double b;  // times |w|/|x| of x in dx, times |x|/|w| of w in dw
-  double x;  // |x|
+  double x;  // |x|; 0 where the margin leaves the sample alone
   double w;  // |w|
 };
 static_assert(sizeof(Coefficients) == COEFFICIENTS, "src/cuda/layout.rs");
 
-// The class of a sample that the margin leaves alone.
-#define NO_TARGET (-1)
+// The class of a sample that has none.
+#define NO_CLASS (-1)
+
+// The class in the upper half, the sample in the lower: sorted, the samples of
+// a class follow one another, and those without one come last.
+typedef unsigned long long Key;
+
+static __device__ int ClassOf(Key key) { return static_cast<int>(key >> 32); }
+static __device__ int SampleOf(Key key) {
+  return static_cast<int>(static_cast<unsigned>(key));
+}
+
+// As many values as one load brings.
+template <typename Dtype>
+struct alignas(LOAD) Vector {
+  enum { kValues = LOAD / sizeof(Dtype) };
+  Dtype v[kValues];
+};
+
+// Whether rows of `length` values from `rows` on can be read by vectors.
+template <typename Dtype>
+static __device__ bool Aligned(const Dtype* rows, int length) {
+  return reinterpret_cast<size_t>(rows) % LOAD == 0
+      && length % Vector<Dtype>::kValues == 0;
+}
 
 // A value of the sample's features and one of its class weights.
 struct Pair {
@@ -67,98 +92,192 @@ static __device__ bool InRange(double positive) {
   return positive > 1e-290 && !isinf(positive);  // false for NaN as well
 }
 
+// The sum, over the elements that are a thread's, of what `term` makes of an
+// element of x and one of w.
+template <typename How, typename Dtype, typename Term>
+static __device__ Pair OverRows(const Dtype* __restrict__ x,
+    const Dtype* __restrict__ w, int length, Term term) {
+  Pair all = {0, 0};
+  const auto join = [&](Dtype xi, Dtype wi) {
+    const Pair one = term(static_cast<double>(xi), static_cast<double>(wi));
+    all.x = How::Join(all.x, one.x);
+    all.w = How::Join(all.w, one.w);
+  };
+  if (Aligned(x, length) && Aligned(w, length)) {
+    const int kValues = Vector<Dtype>::kValues;
+    const auto* const xs = reinterpret_cast<const Vector<Dtype>*>(x);
+    const auto* const ws = reinterpret_cast<const Vector<Dtype>*>(w);
+    for (int i = threadIdx.x; i < length / kValues; i += THREADS) {
+      const Vector<Dtype> xi = xs[i];
+      const Vector<Dtype> wi = ws[i];
+      for (int j = 0; j < kValues; ++j) { join(xi.v[j], wi.v[j]); }
+    }
+  } else {
+    for (int i = threadIdx.x; i < length; i += THREADS) { join(x[i], w[i]); }
+  }
+  return JoinBlock<How>(all);
+}
+
 // The Euclidean norms of x and w, in every thread.
 template <typename Dtype>
 static __device__ Pair Norms(const Dtype* x, const Dtype* w, int length) {
-  Pair sum = {0, 0};
-  for (int i = threadIdx.x; i < length; i += THREADS) {
-    const double xi = x[i];
-    const double wi = w[i];
-    sum.x += xi * xi;
-    sum.w += wi * wi;
-  }
-  sum = JoinBlock<Add>(sum);
+  Pair sum = OverRows<Add>(x, w, length, [](double xi, double wi) {
+    return Pair{xi * xi, wi * wi};
+  });
   // Squares of float neither overflow nor vanish in double. Those of double
   // may: once more, scaled.
   if (sizeof(Dtype) == sizeof(double)
       && !(InRange(sum.x) && InRange(sum.w))) {
-    Pair largest = {0, 0};
-    for (int i = threadIdx.x; i < length; i += THREADS) {
-      largest.x = fmax(largest.x, fabs(static_cast<double>(x[i])));
-      largest.w = fmax(largest.w, fabs(static_cast<double>(w[i])));
-    }
-    largest = JoinBlock<Max>(largest);
-    if (!Usable(largest.x) || !Usable(largest.w)) { return largest; }
-    sum.x = 0;
-    sum.w = 0;
-    for (int i = threadIdx.x; i < length; i += THREADS) {
-      const double xi = x[i] / largest.x;
-      const double wi = w[i] / largest.w;
-      sum.x += xi * xi;
-      sum.w += wi * wi;
-    }
-    sum = JoinBlock<Add>(sum);
-    sum.x = largest.x * sqrt(sum.x);
-    sum.w = largest.w * sqrt(sum.w);
-    return sum;
+    const Pair largest = OverRows<Max>(x, w, length, [](double xi, double wi) {
+      return Pair{fabs(xi), fabs(wi)};
+    });
+    // A norm that is no use as a divisor is returned as it is.
+    const Pair scale = {Usable(largest.x) ? largest.x : 1,
+        Usable(largest.w) ? largest.w : 1};
+    sum = OverRows<Add>(x, w, length, [&](double xi, double wi) {
+      xi /= scale.x;
+      wi /= scale.w;
+      return Pair{xi * xi, wi * wi};
+    });
+    return Pair{scale.x * sqrt(sum.x), scale.w * sqrt(sum.w)};
   }
-  sum.x = sqrt(sum.x);
-  sum.w = sqrt(sum.w);
-  return sum;
+  return Pair{sqrt(sum.x), sqrt(sum.w)};
 }
 
-// value * (numerator / denominator), of a row v whose norm is the denominator;
+// value * (numerator / denominator), of a row whose norm is the denominator;
 // row.rs has the same.
 struct Factor {
   double value, numerator, denominator;
+};
 
-  // The product with v, an element. The ratio of the norms may leave the range
-  // of double; v / denominator does not, and 0 stays 0.
-  __device__ double Times(double v) const {
-    const double ratio = numerator / denominator;
-    const double product = value * ratio;
-    if (InRange(fabs(ratio)) && InRange(fabs(product))) { return product * v; }
-    return v == 0 ? 0 : v / denominator * value * numerator;
+// y += factor v, element by element, for rows of `length`. The ratio of the
+// norms may leave the range of double; v / denominator does not, and 0 stays 0.
+template <typename Dtype>
+static __device__ void AddScaled(Dtype* __restrict__ y, const Factor& factor,
+    const Dtype* __restrict__ v, int length) {
+  if (factor.value == 0) { return; }
+  const double ratio = factor.numerator / factor.denominator;
+  const double product = factor.value * ratio;
+  if (!InRange(fabs(ratio)) || !InRange(fabs(product))) {
+    for (int i = threadIdx.x; i < length; i += THREADS) {
+      const double vi = v[i];
+      if (vi == 0) { continue; }
+      y[i] += static_cast<Dtype>(
+          vi / factor.denominator * factor.value * factor.numerator);
+    }
+    return;
+  }
+  if (Aligned(v, length) && Aligned(y, length)) {
+    const int kValues = Vector<Dtype>::kValues;
+    const auto* const vs = reinterpret_cast<const Vector<Dtype>*>(v);
+    auto* const ys = reinterpret_cast<Vector<Dtype>*>(y);
+    for (int i = threadIdx.x; i < length / kValues; i += THREADS) {
+      const Vector<Dtype> vi = vs[i];
+      Vector<Dtype> yi = ys[i];
+      for (int j = 0; j < kValues; ++j) {
+        yi.v[j] += static_cast<Dtype>(product * vi.v[j]);
+      }
+      ys[i] = yi;
+    }
+  } else {
+    for (int i = threadIdx.x; i < length; i += THREADS) {
+      y[i] += static_cast<Dtype>(product * v[i]);
+    }
+  }
+}
+
+// How labels name classes; class_of in mod.rs is the same.
+struct Labels {
+  int num_classes;
+  int has_ignore_label;
+  int ignore_label;
+
+  __device__ bool Ignored(double label) const {
+    return has_ignore_label && label == ignore_label;
+  }
+  __device__ bool Valid(double label) const {
+    return label >= 0 && label < num_classes && label == floor(label);
   }
 };
 
-// Finds the class of each sample, as class_of in mod.rs does, and puts the
-// margin on its target logit.
+// Sorts a block's `count` keys, a power of 2, by a bitonic network.
+static __device__ void SortTile(Key* keys, int count) {
+  for (int run = 2; run <= count; run *= 2) {
+    for (int distance = run / 2; distance > 0; distance /= 2) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < count / 2; i += THREADS) {
+        const int low = 2 * i - (i & (distance - 1));
+        const Key a = keys[low];
+        const Key b = keys[low + distance];
+        const bool rising = (low & run) == 0;
+        if ((a > b) == rising) {
+          keys[low] = b;
+          keys[low + distance] = a;
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Leaves the keys of samples TILE * number and on in `keys`, sorted.
+template <typename Dtype>
+static __device__ void MakeKeys(int num_samples, const Labels& of,
+    const Dtype* __restrict__ labels, int number, Key* __restrict__ keys) {
+  __shared__ Key tile[TILE];
+  const int first = number * TILE;
+  const int left = num_samples - first;
+  const int here = left < TILE ? left : TILE;
+  int count = 1;
+  while (count < here) { count *= 2; }
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    tile[i] = ~Key(0);  // behind all others: no sample
+    if (i >= here) { continue; }
+    const double label = labels[first + i];
+    const int y = of.Valid(label) && !of.Ignored(label)
+        ? static_cast<int>(label) : NO_CLASS;
+    tile[i] = Key(static_cast<unsigned>(y)) << 32
+        | static_cast<unsigned>(first + i);
+  }
+  SortTile(tile, count);
+  for (int i = threadIdx.x; i < here; i += THREADS) {
+    keys[first + i] = tile[i];
+  }
+}
+
+// The block's sample: its coefficients, and the margin on its target logit.
 //
 // bad_label, in host memory that the device can write, gets the number of a
 // sample with a label that is no class in its upper half and the label, as
 // float, in the lower. One store, so the halves belong together.
 template <typename Dtype>
-static __device__ void Forward(int num_classes, int num_features, int margin,
-    double lambda, int has_ignore_label, int ignore_label, const Dtype* x,
-    const Dtype* labels, const Dtype* w, Dtype* logits,
-    Coefficients* coefficients, int* classes,
+static __device__ void ForwardSample(int sample, const Labels& of,
+    int num_features, int margin, double lambda, const Dtype* __restrict__ x,
+    const Dtype* __restrict__ labels, const Dtype* __restrict__ w,
+    Dtype* __restrict__ logits, Coefficients* __restrict__ coefficients,
     volatile unsigned long long* bad_label) {
-  const int sample = blockIdx.x;
   const double label = labels[sample];
-  const bool ignored = has_ignore_label && label == ignore_label;
-  const bool valid = label >= 0 && label < num_classes
-      && label == floor(label);
-  if (ignored || !valid || margin == 1) {
+  if (of.Ignored(label)) { return; }
+  if (!of.Valid(label)) {
     if (threadIdx.x == 0) {
-      classes[sample] = NO_TARGET;
-      if (!ignored && !valid) {
-        *bad_label = static_cast<unsigned long long>(sample) << 32
-            | __float_as_uint(static_cast<float>(label));
-      }
+      *bad_label = static_cast<unsigned long long>(sample) << 32
+          | __float_as_uint(static_cast<float>(label));
     }
     return;
   }
+  if (margin == 1) { return; }
 
   const int y = static_cast<int>(label);
   x += static_cast<size_t>(sample) * num_features;
   w += static_cast<size_t>(y) * num_features;
-  Dtype* logit = logits + static_cast<size_t>(sample) * num_classes + y;
+  Dtype* const logit = logits + static_cast<size_t>(sample) * of.num_classes
+      + y;
   const double f = *logit;
   // The barriers inside also keep the read of f before the write below.
   const Pair norms = Norms(x, w, num_features);
-  if (!Usable(norms.x) || !Usable(norms.w) || isinf(f) || isnan(f)) {
-    if (threadIdx.x == 0) { classes[sample] = NO_TARGET; }
+  if (!Usable(norms.x) || !Usable(norms.w) || !isfinite(f)) {
+    // |w| stays: the class's other samples may use it.
+    if (threadIdx.x == 0) { coefficients[sample] = {0, 0, 0, norms.w}; }
     return;
   }
   const double c = fmin(1.0, fmax(-1.0, f / norms.x / norms.w));
@@ -197,68 +316,28 @@ static __device__ void Forward(int num_classes, int num_features, int margin,
   result.x = norms.x;
   result.w = norms.w;
   coefficients[sample] = result;
-  classes[sample] = y;
 }
 
-typedef unsigned long long Key;
-
-// Sorts a block's `count` keys, a power of 2, by a bitonic network.
-static __device__ void SortTile(Key* keys, int count) {
-  for (int run = 2; run <= count; run *= 2) {
-    for (int distance = run / 2; distance > 0; distance /= 2) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < count / 2; i += THREADS) {
-        const int low = i / distance * 2 * distance + i % distance;
-        const Key a = keys[low];
-        const Key b = keys[low + distance];
-        const bool rising = (low & run) == 0;
-        if ((a > b) == rising) {
-          keys[low] = b;
-          keys[low + distance] = a;
-        }
-      }
-    }
-  }
-  __syncthreads();
-}
-
-// Puts g (1 + a) in the place of the target entries g of `diff`, which it keeps
-// in `entries`. A block has TILE samples; unless keys is null it leaves them
-// there sorted: the class in the upper half, the sample in the lower.
+// The first num_tiles blocks sort, which takes longest; then a block a sample.
 template <typename Dtype>
-static __device__ void Fold(int num_samples, int num_classes,
-    const Coefficients* coefficients, const int* classes, Dtype* diff,
-    Dtype* entries, Key* keys) {
-  __shared__ Key tile[TILE];
-  const int first = blockIdx.x * TILE;
-  const int left = num_samples - first;
-  const int here = left < TILE ? left : TILE;
-  int count = 1;
-  while (count < here) { count *= 2; }
-  for (int i = threadIdx.x; i < count; i += THREADS) {
-    // Behind all others: no sample, and samples without a target.
-    tile[i] = ~Key(0);
-    if (i >= here) { continue; }
-    const int sample = first + i;
-    const int y = classes[sample];
-    tile[i] = Key(static_cast<unsigned>(y)) << 32
-        | static_cast<unsigned>(sample);
-    if (y == NO_TARGET) { continue; }
-    Dtype* const entry = diff + static_cast<size_t>(sample) * num_classes + y;
-    entries[sample] = *entry;
-    *entry = static_cast<Dtype>(*entry * (1 + coefficients[sample].a));
-  }
-  if (!keys) { return; }
-  SortTile(tile, count);
-  for (int i = threadIdx.x; i < here; i += THREADS) {
-    keys[first + i] = tile[i];
+static __device__ void Forward(int num_samples, int num_tiles,
+    const Labels& of, int num_features, int margin, double lambda,
+    const Dtype* x, const Dtype* labels, const Dtype* w, Dtype* logits,
+    Coefficients* coefficients, Key* keys,
+    volatile unsigned long long* bad_label) {
+  const int block = blockIdx.x;
+  if (block < num_tiles) {
+    MakeKeys(num_samples, of, labels, block, keys);
+  } else {
+    ForwardSample(block - num_tiles, of, num_features, margin, lambda, x,
+        labels, w, logits, coefficients, bad_label);
   }
 }
 
 // Merges neighbouring sorted runs of `from`, each `run` long but for the last:
 // a key's place is its own in its run plus the keys before it in the other.
-static __device__ void Merge(int num_samples, int run, const Key* from,
-    Key* to) {
+static __device__ void Merge(int num_samples, int run,
+    const Key* __restrict__ from, Key* __restrict__ to) {
   const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= num_samples) { return; }
   const Key key = from[i];
@@ -276,82 +355,130 @@ static __device__ void Merge(int num_samples, int run, const Key* from,
   to[both + (i - own) + (low - begin)] = key;
 }
 
-// Puts the block's target entry back and adds to its rows, unless null: to the
-// sample's of dx and, where the block's key is the first of a class, to the
-// class's of dW.
+// The key at a place, one without a class behind the last.
+static __device__ Key KeyAt(const Key* __restrict__ keys, int num_samples,
+    int place) {
+  return place < num_samples ? keys[place] : ~Key(0);
+}
+
+// A thread a place among the keys. Puts g (1 + a) in the place of the target
+// entry g of `diff`, which it keeps in `entries`, by sample. Where the keys are
+// sorted, sums[place] becomes the sum of g b |x| over the samples of its class
+// from this place to the block's last.
+template <typename Dtype>
+static __device__ void Fold(int num_samples, int num_classes,
+    const Coefficients* __restrict__ coefficients,
+    const Key* __restrict__ keys, Dtype* __restrict__ diff,
+    Dtype* __restrict__ entries, double* __restrict__ sums) {
+  __shared__ double terms[2][THREADS];
+  __shared__ int classes[THREADS];
+  const int thread = threadIdx.x;
+  const int place = blockIdx.x * THREADS + thread;
+  const Key key = KeyAt(keys, num_samples, place);
+  const int y = ClassOf(key);
+  double sum = 0;
+  if (y != NO_CLASS) {
+    const int sample = SampleOf(key);
+    const Coefficients of = coefficients[sample];
+    if (of.x != 0) {
+      Dtype* const entry = diff + static_cast<size_t>(sample) * num_classes + y;
+      const Dtype g = *entry;
+      entries[sample] = g;
+      *entry = static_cast<Dtype>(g * (1 + of.a));
+      sum = g * of.b * of.x;
+    }
+  }
+  classes[thread] = y;
+  int now = 0;
+  for (int distance = 1; distance < THREADS; distance *= 2) {
+    terms[now][thread] = sum;
+    __syncthreads();
+    const int other = thread + distance;
+    if (other < THREADS && classes[other] == y) { sum += terms[now][other]; }
+    now = 1 - now;  // so that no barrier is needed before the next store
+  }
+  if (place < num_samples) { sums[place] = sum; }
+}
+
+// The block's place among the keys: puts its sample's target entry back and
+// adds to the sample's row of dx, or, as a block of the grid's second row, to
+// the row of dW of its class, if it is the first of it. dx may be null.
 template <typename Dtype>
 static __device__ void Backward(int num_samples, int num_classes,
-    int num_features, const Dtype* x, const Dtype* w,
-    const Coefficients* coefficients, const int* classes,
-    const Dtype* entries, const Key* keys, Dtype* diff, Dtype* dx, Dtype* dw) {
-  const int sample = blockIdx.x;
-  const int y = classes[sample];
-  if (y != NO_TARGET) {
+    int num_features, const Dtype* __restrict__ x, const Dtype* __restrict__ w,
+    const Coefficients* __restrict__ coefficients,
+    const Key* __restrict__ keys, const Dtype* __restrict__ entries,
+    const double* __restrict__ sums, Dtype* __restrict__ diff,
+    Dtype* __restrict__ dx, Dtype* __restrict__ dw) {
+  const int place = blockIdx.x;
+  const Key key = keys[place];
+  const int y = ClassOf(key);
+  if (y == NO_CLASS) { return; }
+  const int sample = SampleOf(key);
+  const size_t x_row = static_cast<size_t>(sample) * num_features;
+  const size_t w_row = static_cast<size_t>(y) * num_features;
+  if (blockIdx.y == 0) {
+    const Coefficients of = coefficients[sample];
+    if (of.x == 0) { return; }
     const Dtype entry = entries[sample];
     if (threadIdx.x == 0) {
       diff[static_cast<size_t>(sample) * num_classes + y] = entry;
     }
-    const Coefficients of = coefficients[sample];
-    const Factor factor = {entry * of.b, of.w, of.x};
-    if (dx && factor.value != 0) {
-      const size_t row = static_cast<size_t>(sample) * num_features;
-      for (int i = threadIdx.x; i < num_features; i += THREADS) {
-        dx[row + i] += static_cast<Dtype>(factor.Times(x[row + i]));
-      }
+    if (dx) {
+      const Factor factor = {entry * of.b, of.w, of.x};
+      AddScaled(dx + x_row, factor, x + x_row, num_features);
     }
-  }
-  if (!dw) { return; }
-
-  const int place = blockIdx.x;
-  const int target = static_cast<int>(keys[place] >> 32);
-  if (target == NO_TARGET
-      || (place > 0 && static_cast<int>(keys[place - 1] >> 32) == target)) {
     return;
   }
-  Pair sum = {0, 0};
-  for (int i = place + threadIdx.x; i < num_samples; i += THREADS) {
-    const Key key = keys[i];
-    if (static_cast<int>(key >> 32) != target) { break; }
-    const unsigned j = static_cast<unsigned>(key);
-    sum.w += entries[j] * coefficients[j].b * coefficients[j].x;
+  if (place > 0 && ClassOf(keys[place - 1]) == y) { return; }
+  // The class ends in the block of Fold that it begins in, or goes on.
+  double sum = sums[place];
+  const int next = (place / THREADS + 1) * THREADS;
+  if (ClassOf(KeyAt(keys, num_samples, next)) == y) {
+    Pair more = {0, 0};
+    for (long long i = next + static_cast<long long>(threadIdx.x) * THREADS;
+        i < num_samples && ClassOf(keys[i]) == y; i += THREADS * THREADS) {
+      more.w += sums[i];
+    }
+    sum += JoinBlock<Add>(more).w;
   }
-  sum = JoinBlock<Add>(sum);
-  const unsigned j = static_cast<unsigned>(keys[place]);
-  const Factor factor = {sum.w, 1, coefficients[j].w};
-  if (factor.value == 0) { return; }
-  const size_t row = static_cast<size_t>(target) * num_features;
-  for (int i = threadIdx.x; i < num_features; i += THREADS) {
-    dw[row + i] += static_cast<Dtype>(factor.Times(w[row + i]));
-  }
+  const Factor factor = {sum, 1, coefficients[sample].w};
+  AddScaled(dw + w_row, factor, w + w_row, num_features);
 }
 
+// Without __launch_bounds__: with it, nvcc spills, to fit in more blocks.
+#define KERNEL extern "C" __global__ void
+
 #define KERNELS(Dtype, suffix) \
-  extern "C" __global__ void large_margin_forward_##suffix(int num_classes, \
-      int num_features, int margin, double lambda, int has_ignore_label, \
-      int ignore_label, const Dtype* x, const Dtype* labels, const Dtype* w, \
-      Dtype* logits, Coefficients* coefficients, int* classes, \
+  KERNEL large_margin_forward_##suffix(int num_samples, int num_tiles, \
+      Labels of, int num_features, int margin, double lambda, \
+      const Dtype* __restrict__ x, const Dtype* __restrict__ labels, \
+      const Dtype* __restrict__ w, Dtype* __restrict__ logits, \
+      Coefficients* __restrict__ coefficients, Key* __restrict__ keys, \
       unsigned long long* bad_label) { \
-    Forward<Dtype>(num_classes, num_features, margin, lambda, \
-        has_ignore_label, ignore_label, x, labels, w, logits, coefficients, \
-        classes, bad_label); \
+    Forward<Dtype>(num_samples, num_tiles, of, num_features, margin, lambda, \
+        x, labels, w, logits, coefficients, keys, bad_label); \
   } \
-  extern "C" __global__ void large_margin_fold_##suffix(int num_samples, \
-      int num_classes, const Coefficients* coefficients, const int* classes, \
-      Dtype* diff, Dtype* entries, Key* keys) { \
-    Fold<Dtype>(num_samples, num_classes, coefficients, classes, diff, \
-        entries, keys); \
-  } \
-  extern "C" __global__ void large_margin_merge_##suffix(int num_samples, \
-      int run, const Key* from, Key* to) { \
+  KERNEL large_margin_merge_##suffix(int num_samples, int run, \
+      const Key* __restrict__ from, Key* __restrict__ to) { \
     Merge(num_samples, run, from, to); \
   } \
-  extern "C" __global__ void large_margin_backward_##suffix(int num_samples, \
-      int num_classes, int num_features, const Dtype* x, const Dtype* w, \
-      const Coefficients* coefficients, const int* classes, \
-      const Dtype* entries, const Key* keys, Dtype* diff, Dtype* dx, \
-      Dtype* dw) { \
+  KERNEL large_margin_fold_##suffix(int num_samples, int num_classes, \
+      const Coefficients* __restrict__ coefficients, \
+      const Key* __restrict__ keys, Dtype* __restrict__ diff, \
+      Dtype* __restrict__ entries, double* __restrict__ sums) { \
+    Fold<Dtype>(num_samples, num_classes, coefficients, keys, diff, entries, \
+        sums); \
+  } \
+  KERNEL large_margin_backward_##suffix(int num_samples, int num_classes, \
+      int num_features, const Dtype* __restrict__ x, \
+      const Dtype* __restrict__ w, \
+      const Coefficients* __restrict__ coefficients, \
+      const Key* __restrict__ keys, const Dtype* __restrict__ entries, \
+      const double* __restrict__ sums, Dtype* __restrict__ diff, \
+      Dtype* __restrict__ dx, Dtype* __restrict__ dw) { \
     Backward<Dtype>(num_samples, num_classes, num_features, x, w, \
-        coefficients, classes, entries, keys, diff, dx, dw); \
+        coefficients, keys, entries, sums, diff, dx, dw); \
   }
 
 KERNELS(float, f32)

@@ -31,6 +31,20 @@ pub fn norm<T: Dtype>(x: &[T]) -> f64 {
     largest * squares.sum::<f64>().sqrt()
 }
 
+/// The inner product of two rows in f64.
+///
+/// # Panics
+/// The two differ in length.
+pub fn dot<T: Dtype>(x: &[T], w: &[T]) -> f64 {
+    assert_eq!(x.len(), w.len());
+    with_avx2!(dot_body<T>(x: &[T], w: &[T]) -> f64)
+}
+
+#[inline(always)]
+fn dot_body<T: Dtype>(x: &[T], w: &[T]) -> f64 {
+    lane_sum(x, w, |x, w| x.into() * w.into())
+}
+
 /// The sum of squares of `x` in f64.
 fn sum_squares<T: Dtype>(x: &[T]) -> f64 {
     with_avx2!(sum_squares_body<T>(x: &[T]) -> f64)

@@ -14,10 +14,14 @@ constexpr double kEpsValue = 1e-5;
 const double kNan = std::numeric_limits<double>::quiet_NaN();
 const double kInf = std::numeric_limits<double>::infinity();
 
+// Blobs that begin one value behind a boundary of the widest load.
+enum Off { kX = 1, kY = 2, kG = 4, kDx = 8, kXHat = 16 };
+
 // How a layer is used.
 struct Mode {
   bool train = true, frozen = false, in_place = false;
   bool dx = true, dslope = true, dbias = true;
+  int off = 0;
 
   bool by_batch() const { return train && !frozen; }
   // As the shim decides it.
@@ -82,9 +86,20 @@ class Layer {
 
   Outcome<Dtype> Gpu() {
     Outcome<Dtype> out = Prepare();
+    const std::pair<Off, std::vector<Dtype>*> moved[] = {{kX, &x_},
+        {kY, &out.y}, {kG, &g_}, {kDx, &out.dx}, {kXHat, &out.x_hat}};
+    const auto moves = [&](const auto& blob) {
+      return At(blob.first) && !blob.second->empty();
+    };
+    for (const auto& blob : moved) {
+      if (moves(blob)) { blob.second->insert(blob.second->begin(), 0); }
+    }
     GpuForward(&out);
     GpuBackward(&out);
     Synchronize();
+    for (const auto& blob : moved) {
+      if (moves(blob)) { blob.second->erase(blob.second->begin()); }
+    }
     return out;
   }
 
@@ -112,6 +127,8 @@ class Layer {
     out.moving_mean = p_.moving_mean;
     out.moving_inv_std = p_.moving_inv_std;
     scratch_.assign(sizes.device_bytes, 0xff);
+    x_ = p_.x;
+    g_ = p_.g;
     return out;
   }
   void CpuForward(Outcome<Dtype>* out) {
@@ -149,7 +166,8 @@ class Layer {
   void GpuForward(Outcome<Dtype>* out) {
     lsoftmax::DeviceBnForward pass{};
     pass.dtype = TypeOf<Dtype>();
-    pass.bottom = Pointer(mode_.in_place ? out->y : p_.x);
+    pass.bottom = mode_.in_place ? Pointer(out->y) + At(kY)
+        : Pointer(x_) + At(kX);
     pass.slope = Pointer(p_.slope);
     pass.bias = Pointer(p_.bias);
     if (mode_.by_batch()) {
@@ -160,29 +178,38 @@ class Layer {
       pass.moving_mean = Pointer(out->moving_mean);
       pass.moving_inv_std = Pointer(out->moving_inv_std);
     }
-    pass.top = MutablePointer(out->y);
-    pass.x_hat = MutablePointer(out->x_hat);
+    pass.top = MutablePointer(out->y) + At(kY);
+    if (!out->x_hat.empty()) {
+      pass.x_hat = MutablePointer(out->x_hat) + At(kXHat);
+    }
     pass.scratch = scratch_.data();
     lsoftmax::forward_gpu(*rust_, pass);
   }
   void GpuBackward(Outcome<Dtype>* out) {
     lsoftmax::DeviceBnBackward pass{};
     pass.dtype = TypeOf<Dtype>();
-    pass.top_diff = Pointer(mode_.in_place ? out->dx : p_.g);
-    pass.x = Pointer(mode_.keeps_x_hat() ? out->x_hat
-        : mode_.in_place ? out->y : p_.x);
+    pass.top_diff = mode_.in_place ? Pointer(out->dx) + At(kDx)
+        : Pointer(g_) + At(kG);
+    pass.x = mode_.keeps_x_hat() ? Pointer(out->x_hat) + At(kXHat)
+        : mode_.in_place ? Pointer(out->y) + At(kY) : Pointer(x_) + At(kX);
     pass.slope = Pointer(p_.slope);
-    if (mode_.dx) { pass.bottom_diff = MutablePointer(out->dx); }
+    if (mode_.dx && !out->dx.empty()) {
+      pass.bottom_diff = MutablePointer(out->dx) + At(kDx);
+    }
     pass.slope_diff = MutablePointer(out->dslope);
     pass.bias_diff = MutablePointer(out->dbias);
     pass.scratch = scratch_.data();
     lsoftmax::backward_gpu(*rust_, pass);
   }
 
+  // Bytes by which a blob is moved.
+  size_t At(Off blob) const { return mode_.off & blob ? sizeof(Dtype) : 0; }
+
   const Problem<Dtype>& p_;
   const Mode mode_;
   rust::Box<lsoftmax::BatchNorm> rust_;
   std::vector<uint8_t> scratch_;
+  std::vector<Dtype> x_, g_;  // as the device has them
 };
 
 // The bounds are those of x known to a few units of its last place, which the
@@ -254,6 +281,13 @@ void Compare(const Problem<Dtype>& p, const Mode& mode,
 
 template <typename Dtype>
 void Run(const Problem<Dtype>& p, const Mode& mode, const std::string& what) {
+  Compare(p, mode, Layer<Dtype>(p, mode).Cpu(), Layer<Dtype>(p, mode).Gpu(),
+      what);
+}
+
+template <typename Dtype>
+void RunTwice(const Problem<Dtype>& p, const Mode& mode,
+    const std::string& what) {
   Layer<Dtype> cpu(p, mode), gpu(p, mode);
   const Outcome<Dtype> device = gpu.Gpu();
   Compare(p, mode, cpu.Cpu(), device, what);
@@ -281,7 +315,38 @@ void Shapes() {
       {150, 40, 1}, {300, 2, 3}, {3, 1, 2731}, {20, 2, 256}, {2, 300, 2}};
   for (const auto& s : shapes) {
     const Problem<Dtype> p(s[0], s[1], s[2]);
-    for (const Mode& mode : Modes()) { Run(p, mode, "shape"); }
+    for (const Mode& mode : Modes()) { RunTwice(p, mode, "shape"); }
+  }
+}
+
+// Sizes around those of warps, blocks, vectors and a thread's group, of each
+// axis. The modes take turns.
+template <typename Dtype>
+void Borders() {
+  const std::vector<Mode> modes = Modes();
+  size_t turn = 0;
+  for (const int size : {1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255,
+      256, 257, 1023, 1024, 1025, 2047, 2048, 2049}) {
+    const int shapes[][3] = {{1, 1, size}, {3, 2, size}, {size, 1, 1},
+        {size, 3, 3}, {2, size, 1}, {2, size > 300 ? 1 : size, 5}};
+    for (const auto& s : shapes) {
+      const Problem<Dtype> p(s[0], s[1], s[2]);
+      Run(p, modes[turn++ % modes.size()], "border");
+    }
+  }
+}
+
+// Blobs that cannot be read by vectors, though their rows could be.
+template <typename Dtype>
+void Misaligned() {
+  for (Mode mode : Modes()) {
+    for (const int off : {1, 2, 4, 8, 16, 31}) {
+      for (const int positions : {4, 36}) {
+        const Problem<Dtype> p(5, 3, positions);
+        mode.off = off;
+        Run(p, mode, "misaligned " + std::to_string(off));
+      }
+    }
   }
 }
 
@@ -293,6 +358,10 @@ void Extremes() {
         std::fill(p->x.begin(), p->x.end(), Dtype(1000.25)); }},
       {"a mean far from zero", [](auto* p) {
         for (Dtype& x : p->x) { x = x / 16 + 1000; } }},
+      // What distances are measured from. Of double it costs digits.
+      {"a first value far from the others", [](auto* p) {
+        for (int c = 0; c < p->channels; ++c) {
+          p->x[c * p->positions] = sizeof(Dtype) == 4 ? 1e6 : 10; } }},
       {"large values", [=](auto* p) {
         for (Dtype& x : p->x) { x *= std::sqrt(largest); } }},
       // Sums of float that leave its range on the way.
@@ -349,6 +418,30 @@ void Passes() {
           "pass of " + std::to_string(samples));
     }
   }
+}
+
+// A net that trains on the GPU and is tested on the CPU, and one layer that
+// goes from one to the other: what the CPU makes of it is what it makes of its
+// own training.
+template <typename Dtype>
+void MixedModes() {
+  const Problem<Dtype> p(6, 3, 40);
+  const Mode train;
+  Mode test;
+  test.train = false;
+  Layer<Dtype> cpu(p, train), gpu(p, train);
+  const Outcome<Dtype> on_cpu = cpu.Cpu(), on_gpu = gpu.Gpu();
+  Compare(p, train, on_cpu, on_gpu, "before the test net");
+  const auto tested = [&](const Outcome<Dtype>& trained) {
+    Problem<Dtype> moved = p;
+    moved.moving_mean = trained.moving_mean;
+    moved.moving_inv_std = trained.moving_inv_std;
+    return Layer<Dtype>(moved, test).Cpu();
+  };
+  Compare(p, test, tested(on_cpu), tested(on_gpu), "a test net after training");
+  Check(gpu.Cpu() == cpu.Cpu(), p.name
+      + ": a pass on the CPU differs after one on the GPU");
+  Compare(p, train, cpu.Cpu(), gpu.Gpu(), "back on the GPU");
 }
 
 // Kernels alone: no allocation, no synchronisation, no copy.
@@ -413,9 +506,12 @@ void NoDriver() {
 template <typename Dtype>
 void RunAll() {
   Shapes<Dtype>();
+  Borders<Dtype>();
+  Misaligned<Dtype>();
   Extremes<Dtype>();
   LeftOut<Dtype>();
   Passes<Dtype>();
+  MixedModes<Dtype>();
 }
 
 }  // namespace

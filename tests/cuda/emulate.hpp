@@ -56,6 +56,12 @@ namespace emulate {
 using Site = std::source_location;
 inline constexpr unsigned kWarp = 32, kMostThreads = 1024, kWorkers = 4;
 inline constexpr size_t kStack = 256 << 10;
+// Without it ThreadSanitizer must find the races that barriers prevent.
+#ifdef EMULATE_UNORDERED_BARRIERS
+inline constexpr bool kBarriersOrder = false;
+#else
+inline constexpr bool kBarriersOrder = true;
+#endif
 
 enum class At { kReady, kBarrier, kWarpFunction, kDone };
 
@@ -88,7 +94,7 @@ struct Worker {
   std::vector<Fiber> fibers;
   Fiber* self = nullptr;
   const std::function<void()>* kernel = nullptr;
-  dim3 threads{}, block{};
+  dim3 threads{}, block{}, grid{};
   unsigned live = 0, waiting = 0, stride = 1, generation = 0;
   unsigned count = 0;  // of true predicates at the last barrier
   // Addresses that stand for the orders that barriers make.
@@ -154,11 +160,11 @@ struct Worker {
     self->predicate = predicate;
     // Two orders in turn: who leaves late must not see the next barrier's.
     char* order = &passed[generation % 2];
-    Release(order);
+    if (kBarriersOrder) { Release(order); }
     ++waiting;
     PassBarrierIfAllAreThere();
     if (self->at != At::kReady) { Wait(); }
-    Acquire(order);
+    if (kBarriersOrder) { Acquire(order); }
     return count;
   }
   // The lanes of `mask` meet; self->result is then set.
@@ -285,6 +291,7 @@ class Pool {
       if (!kernel_) { return; }
       worker.kernel = kernel_;
       worker.threads = block_;
+      worker.grid = grid_;
       // Neighbours run on different OS threads, unordered.
       const uint64_t blocks = uint64_t{grid_.x} * grid_.y;
       for (uint64_t i = number; i < blocks; i += kWorkers) {
@@ -312,6 +319,7 @@ inline void Launch(dim3 grid, dim3 threads,
 
 EMULATOR inline dim3 ThreadIndex() { return {worker.self->index, 0, 0}; }
 EMULATOR inline dim3 BlockIndex() { return worker.block; }
+EMULATOR inline dim3 GridSize() { return worker.grid; }
 EMULATOR inline unsigned Lane() { return worker.self->index % kWarp; }
 
 template <typename T>
@@ -327,6 +335,7 @@ EMULATOR T Shuffle(unsigned mask, T value, unsigned source, Site site) {
 
 #define threadIdx (emulate::ThreadIndex())
 #define blockIdx (emulate::BlockIndex())
+#define gridDim (emulate::GridSize())
 
 #define EMULATE_SITE emulate::Site site = emulate::Site::current()
 
@@ -336,6 +345,9 @@ inline void __syncthreads(EMULATE_SITE) {
 inline int __syncthreads_count(int predicate, EMULATE_SITE) {
   return static_cast<int>(emulate::worker.Barrier(predicate != 0, site));
 }
+inline int __syncthreads_or(int predicate, EMULATE_SITE) {
+  return emulate::worker.Barrier(predicate != 0, site) != 0;
+}
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATE_SITE) {
   const unsigned lane = emulate::Lane();
@@ -343,6 +355,9 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATE_SITE) {
       lane + delta < emulate::kWarp ? lane + delta : lane, site);
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
 inline unsigned __float_as_uint(float value) {
   return std::bit_cast<unsigned>(value);
 }

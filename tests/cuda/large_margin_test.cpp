@@ -1,6 +1,7 @@
 // LargeMarginInnerProduct's GPU path, from the bridge to the kernels, against
 // its CPU path.
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <thread>
@@ -63,9 +64,11 @@ struct Outcome {
   }
 };
 
-// What a test leaves out.
+// What a test leaves out; and whether features, weights and their gradients
+// begin one value behind a boundary of the widest load.
 struct Wanted {
   bool labels = true, plain = true, dx = true, dw = true, plain_diff = false;
+  bool x_off = false, w_off = false;
 };
 
 using RustLayer = rust::Box<lsoftmax::LargeMarginInnerProduct>;
@@ -87,9 +90,18 @@ class Layer {
   // The same, queued on the device and waited for at the end.
   Outcome<Dtype> Gpu(Wanted wanted = {}) {
     Outcome<Dtype> out = Prepare(wanted);
+    const std::pair<bool, std::vector<Dtype>*> moved[] = {{wanted.x_off, &x_},
+        {wanted.x_off && wanted.dx, &out.dx}, {wanted.w_off, &w_},
+        {wanted.w_off && wanted.dw, &out.dw}};
+    for (const auto& blob : moved) {
+      if (blob.first) { blob.second->insert(blob.second->begin(), 0); }
+    }
     GpuForward(wanted, &out);
     GpuBackward(wanted, &out);
     Synchronize();
+    for (const auto& blob : moved) {
+      if (blob.first) { blob.second->erase(blob.second->begin()); }
+    }
     return out;
   }
 
@@ -107,6 +119,8 @@ class Layer {
     if (wanted.dw) { out.dw = Noise(5).Vector<Dtype>(p_.w.size()); }
     out.diff = p_.g;
     scratch_.assign(sizes.device_bytes, 0xff);
+    x_ = p_.x;
+    w_ = p_.w;
     return out;
   }
   void CpuForward(Wanted wanted, Outcome<Dtype>* out) {
@@ -133,9 +147,9 @@ class Layer {
   void GpuForward(Wanted wanted, Outcome<Dtype>* out) {
     lsoftmax::DeviceMarginForward pass{};
     pass.dtype = TypeOf<Dtype>();
-    pass.features = Pointer(p_.x);
+    pass.features = Pointer(x_) + At(wanted.x_off);
     if (wanted.labels) { pass.labels = Pointer(p_.labels); }
-    pass.weights = Pointer(p_.w);
+    pass.weights = Pointer(w_) + At(wanted.w_off);
     pass.logits = MutablePointer(out->logits);
     pass.plain = MutablePointer(out->plain);
     pass.scratch = scratch_.data();
@@ -146,18 +160,26 @@ class Layer {
     pass.dtype = TypeOf<Dtype>();
     pass.logits_diff = MutablePointer(out->diff);
     if (wanted.plain_diff) { pass.plain_diff = Pointer(p_.plain_g); }
-    pass.features = Pointer(p_.x);
-    pass.weights = Pointer(p_.w);
-    pass.features_diff = MutablePointer(out->dx);
-    pass.weights_diff = MutablePointer(out->dw);
+    pass.features = Pointer(x_) + At(wanted.x_off);
+    pass.weights = Pointer(w_) + At(wanted.w_off);
+    if (wanted.dx) {
+      pass.features_diff = MutablePointer(out->dx) + At(wanted.x_off);
+    }
+    if (wanted.dw) {
+      pass.weights_diff = MutablePointer(out->dw) + At(wanted.w_off);
+    }
     pass.scratch = scratch_.data();
     lsoftmax::backward_gpu(*rust_, blas_, pass);
   }
+
+  // Bytes by which a blob is moved.
+  static size_t At(bool off) { return off ? sizeof(Dtype) : 0; }
 
   const Problem<Dtype>& p_;
   RustLayer rust_;
   DeviceBlas blas_;
   std::vector<uint8_t> scratch_;
+  std::vector<Dtype> x_, w_;  // as the device has them
 };
 
 double Norm(const double* v, int n) {
@@ -228,25 +250,29 @@ void Compare(const Problem<Dtype>& p, const Outcome<Dtype>& cpu,
 template <typename Dtype>
 void Run(const Problem<Dtype>& p, const std::string& what,
     Wanted wanted = {}) {
+  Compare(p, Layer<Dtype>(p).Cpu(wanted), Layer<Dtype>(p).Gpu(wanted), what);
+}
+
+template <typename Dtype>
+void RunTwice(const Problem<Dtype>& p, const std::string& what) {
   Layer<Dtype> cpu(p), gpu(p);
-  const Outcome<Dtype> device = gpu.Gpu(wanted);
-  Compare(p, cpu.Cpu(wanted), device, what);
+  const Outcome<Dtype> device = gpu.Gpu();
+  Compare(p, cpu.Cpu(), device, what);
   // The threads run in another order now.
-  Check(device == gpu.Gpu(wanted), p.name + " " + what
+  Check(device == gpu.Gpu(), p.name + " " + what
       + ": a second run gives other bits");
 }
 
 template <typename Dtype>
 void Shapes() {
   const int shapes[][3] = {{1, 1, 1}, {1, 1, 5}, {3, 1, 7}, {5, 2, 1},
-      {2, 128, 3}, {2, 512, 3}, {7, 33, 3}, {33, 31, 17}, {129, 40, 11},
-      {300, 7, 2}, {9, 513, 4}, {4, 1100, 2}, {10, 127, 200}};
+      {7, 33, 3}, {129, 40, 11}, {9, 513, 4}, {10, 127, 200}};
   const double lambdas[] = {0, 5, 1000};
   int turn = 0;
   for (const auto& s : shapes) {
     const int margin = turn % 8 + 1;
     Problem<Dtype> p(s[0], s[1], s[2], margin, lambdas[turn++ % 3]);
-    Run(p, "random labels");
+    RunTwice(p, "random labels");
     for (int i = 0; i < s[0]; ++i) { p.labels[i] = Dtype(s[2] - 1); }
     Run(p, "one label");
     for (int i = 0; i < s[0]; ++i) {
@@ -256,16 +282,57 @@ void Shapes() {
   }
 }
 
-// More samples than a block sorts: runs of classes over several tiles.
+// Sizes around those of warps, blocks, vectors and tiles, of each axis. What
+// many samples meet does not look at their values: float will do.
 template <typename Dtype>
-void ManySamples() {
-  Run(Problem<Dtype>(1024, 1, 7, 3, 1), "a full tile");
-  Run(Problem<Dtype>(1025, 1, 1000, 3, 1), "many classes");
-  Problem<Dtype> p(2100, 2, 7, 3, 1);
-  for (int i = 0; i < p.samples; ++i) {
-    p.labels[i] = Dtype(i % 5 == 0 ? kIgnoreLabel : i % 3 ? 3 : i * 31 % 7);
+void Borders() {
+  for (const int size : {1, 3, 4, 5, 31, 32, 33, 127, 128, 129, 255, 256, 257,
+      511, 512, 513, 1023, 1024, 1025}) {
+    Run(Problem<Dtype>(3, size, 2, 4, 1), "border of K");
+    Run(Problem<Dtype>(4, 2, size, 3, 1), "border of N");
+    if (size < 200 || sizeof(Dtype) == 4) {
+      Run(Problem<Dtype>(size, 2, 3, 2, 0), "border of M");
+    }
   }
-  Run(p, "many samples, some ignored");
+}
+
+// Classes that begin and end beside the borders of Fold's blocks.
+void Runs() {
+  for (const int run : {64, 127, 128, 129, 300}) {
+    Problem<float> p(390, 2, 7, 4, 1);
+    for (int i = 0; i < p.samples; ++i) { p.labels[i] = float(i / run); }
+    Run(p, "runs of " + std::to_string(run));
+  }
+}
+
+// Rows that cannot be read by vectors, though their length would do.
+template <typename Dtype>
+void Misaligned() {
+  const Problem<Dtype> p(9, 36, 5, 4, 1);
+  for (int off = 1; off < 4; ++off) {
+    Wanted wanted;
+    wanted.x_off = off & 1;
+    wanted.w_off = off & 2;
+    Run(p, "misaligned " + std::to_string(off), wanted);
+  }
+}
+
+// More samples than a block sorts: runs of classes over several tiles. A second
+// backward pass finds what the first has merged.
+void ManySamples() {
+  Run(Problem<float>(1030, 1, 1000, 3, 1), "many classes");
+  Problem<float> p(2100, 2, 7, 3, 1);
+  for (int i = 0; i < p.samples; ++i) {
+    p.labels[i] = float(i % 5 == 0 ? kIgnoreLabel : i % 3 ? 3 : i * 31 % 7);
+  }
+  Layer<float> layer(p);
+  const Outcome<float> out = layer.Gpu();
+  Compare(p, Layer<float>(p).Cpu(), out, "many samples, some ignored");
+  Outcome<float> again = out;
+  again.dw = Noise(5).Vector<float>(p.w.size());
+  layer.GpuBackward({}, &again);
+  Synchronize();
+  Check(again == out, p.name + ": a second backward pass gives other bits");
 }
 
 // Every segment of psi, its borders, and both ends.
@@ -460,6 +527,90 @@ void BadLabels() {
   CheckSays(ErrorOf([&] { layer.Gpu(); }), {"sample ", "label 5 "});
 }
 
+// The line for the log is that of the CPU's pass, and no pass asks the driver
+// for more because of it.
+template <typename Dtype>
+void Diagnoses() {
+  Problem<Dtype> p(150, 9, 7, 3, 2);
+  p.labels[3] = Dtype(kIgnoreLabel);
+  std::fill_n(p.Row(&p.x, 5), 9, Dtype(0));
+  p.x[9 * 8] = Dtype(kNan);
+  Layer<Dtype> cpu(p), gpu(p);
+  const auto diagnose = [&p](const Layer<Dtype>& layer,
+      const Outcome<Dtype>& out) {
+    if (!layer.rust_->diagnosis_is_due()) { return std::string("none"); }
+    lsoftmax::MarginDiagnosis pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.features = View(p.x);
+    pass.labels = View(p.labels);
+    pass.weights = View(p.w);
+    pass.logits = View(out.logits);
+    return std::string(lsoftmax::diagnose(*layer.rust_, pass));
+  };
+  cpu.rust_->log_every("2");
+  gpu.rust_->log_every("2");
+  for (int pass = 1; pass < 5; ++pass) {
+    const std::string line = diagnose(cpu, cpu.Cpu());
+    Outcome<Dtype> out = gpu.Prepare({});
+    const std::string calls = CallsOf([&] { gpu.GpuForward({}, &out); });
+    Check(pass == 1 || calls == "cuMemcpyDtoDAsync_v2 cuLaunchKernel ",
+        "a forward pass that is diagnosed calls " + calls);
+    Synchronize();
+    const std::string of_gpu = diagnose(gpu, out);
+    Check(of_gpu == line, p.name + ": '" + of_gpu + "' and not " + line);
+    CheckSays(line, pass % 2 == 0 ? std::vector<std::string>{"none"}
+        : std::vector<std::string>{"pass " + std::to_string(pass)
+            + ", lambda = 2, samples = 147, ignored = 1, zero = 1, "
+            "not_finite = 1, angle_mean = "});
+    if (pass == 3) {
+      // At hand at once: the device has been waited for.
+      p.labels[7] = Dtype(7);
+      CheckSays(ErrorOf([&] { diagnose(gpu, out); }), {"sample 7: label 7"});
+      p.labels[7] = Dtype(0);
+    }
+  }
+}
+
+// A class whose first sample in a batch has no angle: the others need the norm
+// of its weights all the same.
+template <typename Dtype>
+void UnusableFirst() {
+  Problem<Dtype> p(7, 6, 3, 4, 1);
+  for (int i = 0; i < p.samples; ++i) { p.labels[i] = Dtype(i % 2); }
+  std::fill_n(p.Row(&p.x, 0), p.features, Dtype(0));
+  Run(p, "zero first");
+  std::fill_n(p.Row(&p.x, 1), p.features, Dtype(kInf));
+  Run(p, "infinity first");
+  // Of double, whose squares leave its range, the norms are scaled.
+  for (int i = 0; i < p.features; ++i) {
+    p.Row(&p.w, 0)[i] *= std::numeric_limits<Dtype>::min() * 1e3;
+  }
+  Run(p, "zero first, of a small class");
+}
+
+// A layer that goes from the GPU to the CPU, and a net that trains on the one
+// and is tested on the other: what the CPU computes after a pass on the GPU is
+// what it computes after one of its own.
+template <typename Dtype>
+void MixedModes() {
+  const Problem<Dtype> p(20, 8, 5, 4, 3);
+  const Param param = Param().Int(kNumOutput, 5).Float(kBase, 7)
+      .Float(kGamma, 0.5f).Int(kMargin, 4).Int(kIgnore, kIgnoreLabel);
+  Layer<Dtype> cpu(p), mixed(p);
+  cpu.rust_ = lsoftmax::new_large_margin(param.Bytes());
+  mixed.rust_ = lsoftmax::new_large_margin(param.Bytes());
+  Wanted test;
+  test.labels = false;
+  const Outcome<Dtype> on_cpu = cpu.Cpu(), on_gpu = mixed.Gpu();
+  Compare(p, on_cpu, on_gpu, "before the switch");
+  Check(cpu.Cpu() == mixed.Cpu(), p.name
+      + ": a pass on the CPU differs after one on the GPU");
+  Compare(p, cpu.Cpu(), mixed.Gpu(), "back on the GPU");
+  Check(cpu.rust_->lambda() == mixed.rust_->lambda(), "another lambda");
+  Check(cpu.Cpu(test) == mixed.Cpu(test), p.name
+      + ": a test on the CPU differs after training on the GPU");
+}
+
 // What one mode left behind is nothing to the other.
 void Modes() {
   const Problem<float> p(20, 8, 5, 2, 1);
@@ -578,12 +729,16 @@ void NoDriver() {
 template <typename Dtype>
 void RunAll() {
   Shapes<Dtype>();
-  ManySamples<Dtype>();
+  Borders<Dtype>();
+  Misaligned<Dtype>();
+  UnusableFirst<Dtype>();
   Angles<Dtype>();
   Extremes<Dtype>();
   LeftOut<Dtype>();
   Passes<Dtype>();
   BadLabels<Dtype>();
+  Diagnoses<Dtype>();
+  MixedModes<Dtype>();
 }
 
 }  // namespace
@@ -592,6 +747,8 @@ int main(int argc, char** argv) {
   return Main(argc, argv, NoDriver, [] {
     RunAll<float>();
     RunAll<double>();
+    Runs();
+    ManySamples();
     DriverCalls();
     DriverErrors();
     Devices();

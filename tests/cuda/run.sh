@@ -4,8 +4,8 @@
 # Usage: tests/cuda/run.sh
 #
 # As far as that goes without a GPU: tests/emulated.rs, with the kernels
-# compiled by nvcc, too, for several architectures. Needs g++ 11 or newer and
-# cargo; gets nvcc.
+# compiled by nvcc, too, for several architectures, and a look at the registers
+# that they take (occupancy.sh). Needs g++ 11 or newer and cargo; gets nvcc.
 # shellcheck source=SCRIPTDIR/../../cmake/shell.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../../cmake/shell.sh"
 
@@ -18,6 +18,7 @@ for arch in $("$LSOFTMAX_NVCC" --list-gpu-arch | grep -Ex 'compute_(70|75|80|90|
   LSOFTMAX_NVCC_FLAGS+=" -gencode arch=$arch,code=sm_${arch#compute_}"
 done
 export LSOFTMAX_NVCC LSOFTMAX_NVCC_FLAGS
+tests/cuda/occupancy.sh --check
 # A folder of its own: another build script's outcome would be thrown away.
 CARGO_TARGET_DIR=build/cuda_test exec cargo test --locked \
   --features emulated --test emulated

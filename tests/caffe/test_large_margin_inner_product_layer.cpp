@@ -906,6 +906,8 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestBackwardNeedsForward) {
 
 #ifndef CPU_ONLY
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestModesDoNotMix) {
+  int devices = 0;  // of which a build with CUDA may have none
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || !devices) { return; }
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";
   const Caffe::Brew mode = Caffe::mode();
   this->FillBottom(this->Shape(6, 5), 6);
@@ -919,7 +921,17 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestModesDoNotMix) {
 }
 #endif  // CPU_ONLY
 
-// A blob that no longer has the layer's shape makes the Rust side panic: a
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestWeightsOfAnotherShape) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  this->FillBottom(this->Shape(6, 5), 6);
+  shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
+      this->SetUpLayer();
+  layer->blobs()[0]->Reshape(this->Shape(1, 1));
+  EXPECT_DEATH(layer->Forward(this->bottom_, this->top_),
+      "layer 'lm': class weights of shape 1 1 .1., not 4 5 .20.: another");
+}
+
+// A top that no longer has the layer's shape makes the Rust side panic: a
 // defect, but one that must end as errors of Caffe do.
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
   if (Caffe::mode() != Caffe::CPU) { return; }
@@ -927,8 +939,10 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
   this->FillBottom(this->Shape(6, 5), 6);
   shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
       this->SetUpLayer();
-  layer->blobs()[0]->Reshape(this->Shape(1, 1));
-  EXPECT_DEATH(layer->Forward(this->bottom_, this->top_),
+  layer->Forward(this->bottom_, this->top_);
+  this->logits_->Reshape(this->Shape(1, 1));
+  EXPECT_DEATH(layer->Backward(this->top_, this->PropagateDown(true),
+      this->bottom_),
       "LargeMarginInnerProduct layer 'lm': internal error, please report it");
 }
 

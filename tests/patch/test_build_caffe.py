@@ -246,8 +246,8 @@ def test_tests_are_only_ours(world, tree):
     pycaffe_works(tree)
     world.run("--tests", "--jobs", "3", status=0)
     calls = world.cmake_calls()
-    assert ("-DBUILD_only_tests=bn_layer,large_margin_inner_product_layer"
-            in calls)
+    assert ("-DBUILD_only_tests=bn_layer,large_margin_data_parallel,"
+            "large_margin_inner_product_layer\n" in calls)
     assert "--parallel 3 --target all test.testbin" in calls
 
 

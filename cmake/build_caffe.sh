@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Builds BVLC Caffe with the LargeMarginInnerProduct and BN layers.
 #
-# Usage: cmake/build_caffe.sh [--cpu|--cuda] [--tests] [--jobs N]
+# Usage: cmake/build_caffe.sh [--cpu|--cuda [--nccl]] [--tests] [--jobs N]
+#        cmake/build_caffe.sh [OPTION...] --install PREFIX
+#        cmake/build_caffe.sh [OPTION...] --deb
 #        cmake/build_caffe.sh --source
 #        cmake/build_caffe.sh --packages
 #
@@ -17,8 +19,18 @@
 #   --cuda    build with CUDA
 #             Without either: as it was built before; the first time with CUDA
 #             if nvcc and an NVIDIA GPU are found.
+#   --nccl    with NCCL, for training on several GPUs: the system's or what
+#             cmake/nvidia_library.sh finds or gets. Later builds keep it.
 #   --tests   also build the layers' tests, build/test/test.testbin
 #   --jobs N  compile N files at once (all cores)
+#   --install PREFIX
+#             install it, too: PREFIX/bin/caffe, PREFIX/python for PYTHONPATH,
+#             the library and its headers. Run again, it renews what is there;
+#             PREFIX/share/caffe-lsoftmax/files lists it. A file that is not of
+#             such an installation is never overwritten.
+#   --deb     make a Debian package of the CPU build, too: caffe-lsoftmax, with
+#             pycaffe for the system's python3, in place of caffe-cpu. Its
+#             maintainer is $DEBFULLNAME <$DEBEMAIL>.
 #   --source  stop after patching, for a build of your own with CMake or Make
 #   --packages
 #             list the Debian packages that are missing, one a line, and stop
@@ -32,12 +44,17 @@
 . "$project/cmake/packages.sh"
 # shellcheck source=SCRIPTDIR/caffe_source.sh
 . "$project/cmake/caffe_source.sh"
+# shellcheck source=SCRIPTDIR/install.sh
+. "$project/cmake/install.sh"
 export LC_ALL=C  # the messages of the programs are read
 
 device=
+nccl=
 tests=
 source_only=
 packages_only=
+prefix=
+deb=
 jobs=$(nproc)
 while (( $# )); do
   case $1 in
@@ -45,9 +62,15 @@ while (( $# )); do
       [[ -z $device || $device == "${1#--}" ]] ||
         die "--cpu and --cuda exclude each other"
       device=${1#--} ;;
+    --nccl) nccl=1 ;;
     --tests) tests=1 ;;
     --source) source_only=1 ;;
     --packages) packages_only=1 ;;
+    --deb) deb=1 ;;
+    --install)
+      [[ ${2:-} && $2 != -* ]] || die "--install needs a PREFIX"
+      prefix=$(readlink -m -- "$2")
+      shift ;;
     --jobs)
       [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--jobs needs a number of jobs"
       jobs=$2
@@ -56,6 +79,10 @@ while (( $# )); do
   esac
   shift
 done
+[[ ! $deb || ! $prefix ]] || die "--deb and --install exclude each other"
+[[ ! $deb || $device != cuda ]] || die "--deb is made of a build with --cpu"
+[[ ! $deb ]] || is_debian || die "--deb is for Debian and Ubuntu"
+[[ ! $prefix ]] || check_prefix "$prefix"
 
 root=${CAFFE_ROOT:-$project/build/caffe}
 if [[ $root != "$project/build/caffe" ]]; then
@@ -70,8 +97,8 @@ build=$root/build
 cd -P -- "$project"
 
 # Whether pycaffe is there, works and has the layers.
-pycaffe_works() {
-  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$root/python GLOG_minloglevel=2 \
+pycaffe_works() {  # FOLDER
+  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$1 GLOG_minloglevel=2 \
     "$python" -c '
 import caffe
 missing = {"LargeMarginInnerProduct", "BN"} - set(caffe.layer_type_list())
@@ -85,13 +112,16 @@ if missing:
 # Make's build is a link to the folder that it builds in, which says so.
 if [[ -e $build/.linked && ! $source_only ]]; then
   [[ ! $packages_only ]] || exit 0
+  [[ ! $deb$prefix ]] ||
+    die "Make has built $root: --install and --deb need a build by CMake" \
+        "Unset CAFFE_ROOT, or take \`make distribute\` there."
   for needed in build/tools/caffe=all python/caffe/_caffe.so=pycaffe \
       ${tests:+build/test/test_all.testbin=test}; do
     [[ -e $root/${needed%=*} ]] ||
       die "Make has built $root, but not ${needed%=*}: run" \
           "make -C $(printf %q "$root") ${needed#*=}"
   done
-  words=$(pycaffe_works 2>&1) ||
+  words=$(pycaffe_works "$root/python" 2>&1) ||
     die "the Caffe that Make has built in $root cannot be used:" \
         "${words##*$'\n'}" "Run caffe_patch/apply.sh $(printf %q "$root") and" \
         "make -C $(printf %q "$root") all pycaffe"
@@ -111,8 +141,13 @@ locks=${XDG_RUNTIME_DIR:-}
 
 [[ $packages_only ]] || make_dir "$project/build"
 if is_debian; then
-  if [[ $packages_only ]]; then missing_packages "$root"; exit; fi
-  mapfile -t missing < <(missing_packages "$root")
+  # For dpkg-shlibdeps.
+  packages=(${deb:+dpkg-dev file})
+  if [[ $packages_only ]]; then
+    missing_packages "$root" "${packages[@]}"
+    exit
+  fi
+  mapfile -t missing < <(missing_packages "$root" "${packages[@]}")
   if (( ${#missing[@]} )); then
     need_packages "the build" "${missing[@]}"
     hash -r
@@ -193,16 +228,20 @@ if [[ -z $device ]]; then
     OFF) device=cuda ;;
     *)
       device=cpu
-      if PATH=$PATH:/usr/local/cuda/bin command -v nvcc > /dev/null &&
+      if [[ ! $deb ]] && PATH=$PATH:/usr/local/cuda/bin command -v nvcc > /dev/null &&
           nvidia-smi -L > /dev/null 2>&1; then
         device=cuda
       fi ;;
   esac
 fi
+[[ ! $deb || $device == cpu ]] ||
+  die "--deb is made of a build without CUDA, and $root is built with it" \
+      "Add --cpu to build it anew without, or set CAFFE_ROOT to another tree."
 
 options=(-DCMAKE_BUILD_TYPE=Release -DBLAS=Open -DBUILD_docs=OFF
          -Dpython_version=3 "-DPYTHON_EXECUTABLE=$python")
 if [[ $device == cpu ]]; then
+  [[ ! $nccl ]] || die "--nccl is for a build with CUDA: add --cuda"
   options+=(-DCPU_ONLY=ON)
 else
   cuda=$("$project/cmake/cuda_toolkit.sh")
@@ -218,6 +257,18 @@ else
     say "the CUDA compiler takes $compiler as its host compiler"
     options+=("-DCUDA_HOST_COMPILER=$compiler")
   fi
+  if [[ $nccl ]]; then
+    grep -q USE_NCCL "$root/CMakeLists.txt" ||
+      die "the Caffe in $root knows no NCCL: BVLC Caffe has it from rc4 on"
+    options+=(-DUSE_NCCL=ON)
+    # Caffe finds the system's by itself.
+    if [[ ${NCCL_DIR:-} || ! -e /usr/include/nccl.h &&
+          ! -e /usr/local/include/nccl.h ]]; then
+      library=$("$project/cmake/nvidia_library.sh" nccl)
+      options+=("-DNCCL_INCLUDE_DIR=${library%/*/*}/include"
+                "-DNCCL_LIBRARIES=$library")
+    fi
+  fi
 fi
 if [[ $tests ]]; then
   only=
@@ -227,20 +278,26 @@ if [[ $tests ]]; then
   done
   options+=("-DBUILD_only_tests=${only#,}")
 fi
+if [[ $deb ]]; then
+  options+=(-DCMAKE_INSTALL_PREFIX=/usr -DCMAKE_SKIP_INSTALL_RPATH=ON
+            "-DCMAKE_INSTALL_LIBDIR=lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH)")
+elif [[ $prefix ]]; then
+  options+=("-DCMAKE_INSTALL_PREFIX=$prefix" -DCMAKE_SKIP_INSTALL_RPATH=OFF
+            -DCMAKE_INSTALL_LIBDIR=lib)
+fi
 # Caffe asks for a CMake that CMake 4 no longer can be.
 if at_least "$(cmake --version | sed -n 's/^cmake version //p')" 4; then
   options+=(-DCMAKE_POLICY_VERSION_MINIMUM=3.5)
 fi
 
-failed() {
-  local first package
-  first=$(first_error "$log")
-  if [[ -z $first ]]; then tail -n 30 -- "$log" >&2; fi
+failed() {  # WORDS
+  local found
+  mapfile -t found < <("$python" cmake/first_error.py "$log")
+  (( ${#found[@]} )) || tail -n 30 -- "$log" >&2
   make_dir "$build"
   if grep -E "$disk_full" "$log" >&2; then die_of_full_disk "$build"; fi
-  package=$(package_of "$first")
-  die "$1${first:+; its first error:}" ${first:+"$first"} \
-      ${package:+"On Debian and Ubuntu: apt-get install $package"} \
+  die "$1${found[0]:+; its first error:}" ${found[0]:+"${found[0]}"} \
+      ${found[1]:+"On Debian and Ubuntu: apt-get install ${found[1]}"} \
       "The whole log: $log"
 }
 
@@ -283,35 +340,24 @@ cmake -S "$root" -B "$build" -Wno-dev "${options[@]}" >> "$log" 2>&1 ||
 
 # ---- Build ----
 
-# CMake's percentages: one line that moves on a terminal, one in ten else.
-tty=
-if [[ -t 1 ]]; then tty=1; fi
-progress() {
-  local line percent last=-10 compiling=
+# CMake's percentages.
+build_progress() {
+  local line compiling=
   local step='^\[ *([0-9]+)%\] (Building CXX|Building NVCC|Linking)'
   while IFS= read -r line; do
     if [[ ! $compiling && $line =~ ^\ *Compiling\  ]]; then
       compiling=1
       say "building the Rust library"
     elif [[ $line =~ $step ]]; then
-      percent=${BASH_REMATCH[1]}
-      if (( percent <= last )); then continue; fi
-      if [[ $tty ]]; then
-        printf '\r%s: building Caffe (%s) %3d%%' "$me" "$device" "$percent"
-      elif (( percent >= last + 10 )); then
-        say "building Caffe ($device) $percent%"
-      else
-        continue
-      fi
-      last=$percent
+      progress "building Caffe ($device) ${BASH_REMATCH[1]}%"
     fi
   done
-  if [[ $tty ]] && (( last >= 0 )); then echo; fi
+  progress_end
 }
 
 make_target() {
   cmake --build "$build" --parallel "$jobs" --target "$@" 2>&1 |
-    tee -a "$log" | progress ||
+    tee -a "$log" | build_progress ||
     failed "Caffe did not build in $build"
 }
 
@@ -323,8 +369,13 @@ if [[ $tests ]]; then
 fi
 make_target "${targets[@]}"
 
-pycaffe_works >> "$log" 2>&1 ||
+pycaffe_works "$root/python" >> "$log" 2>&1 ||
   failed "pycaffe in $root/python does not work with $python"
 rm -f -- "$unfinished"
 
 say "done ($device): $made"
+if [[ $deb ]]; then
+  make_deb
+elif [[ $prefix ]]; then
+  install_caffe "$prefix"
+fi

@@ -75,14 +75,7 @@ fi
 [[ -n $have || ! -e $dest ]] ||
   die "$dest is there, but this script did not make it; move it away"
 
-pip=()
-for candidate in "$python" python3; do
-  if "$candidate" -m pip --version > /dev/null 2>&1; then
-    pip=("$candidate" -m pip)
-    break
-  fi
-done
-(( ${#pip[@]} )) ||
+find_pip ||
   die "there is no CUDA toolkit, and no pip to get one from PyPI" \
       "Install CUDA 11 to 13 and set CUDA_HOME to its path, or install pip:" \
       "  apt-get install python3-pip"
@@ -91,9 +84,7 @@ part=$dest.part
 rm -rf -- "$part"
 trap 'rm -rf -- "$part"' EXIT
 say "getting CUDA 13.0 from PyPI: ${packages[*]}"
-PIP_ROOT_USER_ACTION=ignore "${pip[@]}" --disable-pip-version-check install --no-deps \
-    --only-binary :all: --no-compile --target "$part/wheels" \
-    "${packages[@]}" >&2 ||
+pip_unpack "$part/wheels" "${packages[@]}" ||
   die "pip could not get the CUDA toolkit (its message stands above)" \
       "Install CUDA 11 to 13 yourself and set CUDA_HOME to its path."
 mv -- "$part"/wheels/nvidia/cu13/* "$part/"

@@ -38,11 +38,12 @@ rust_packages() {  # MINIMUM
   done
 }
 
-# missing_packages TREE: the Debian packages that are missing, one a line.
+# missing_packages TREE [PACKAGE...]: the Debian packages that are missing for
+# Caffe, and of these, one a line.
 missing_packages() {
   local minimum
   # shellcheck disable=SC2046  # words
-  not_installed $(caffe_packages "$1")
+  not_installed $(caffe_packages "$1") "${@:2}"
   if ! "$project/cmake/find_cargo.sh" > /dev/null 2>&1; then
     minimum=$(sed -n 's/^rust-version *= *"\(.*\)"/\1/p' "$project/Cargo.toml")
     if can_install; then update_lists >&2; fi
@@ -73,45 +74,4 @@ print(sysconfig.get_paths()["include"])' 2> /dev/null) || headers=
   done
   command -v opencv_version > /dev/null || pkg-config --exists opencv4 ||
     pkg-config --exists opencv || echo "OpenCV"
-}
-
-# first_error LOG: the first error of CMake, a compiler, a linker or cargo in a
-# log; what CMake says goes on over lines.
-first_error() {
-  awk '
-    /^CMake Error/ { cmake = 1 }
-    cmake && $0 ~ /^$/ && words { exit }
-    cmake { sub(/^ +/, ""); words = words (words && $0 ? " " : "") $0; next }
-    /(^|[: ])(fatal )?error(\[E[0-9]+\])?: |undefined reference to|: cannot find -l|\*\*\* No rule to make/ {
-      words = $0
-      exit
-    }
-    END { if (words) print substr(words, 1, 400) }' "$1"
-}
-
-# package_of WORDS: the Debian package of what an error says is missing.
-package_of() {
-  local missing pair
-  shopt -s nocasematch
-  missing='could not find|no such file or directory|cannot find -l'
-  missing+='|package configuration file provided by|no module named'
-  if [[ $1 =~ $missing ]]; then
-    if [[ $1 =~ boost[_/:.\ ]*(regex|python|system|thread|filesystem) ||
-          $1 =~ boost.*(regex|python|system|thread|filesystem) ]]; then
-      echo "libboost-${BASH_REMATCH[1],,}-dev"
-      return
-    fi
-    for pair in boost=libboost-dev gflags=libgflags-dev \
-        glog=libgoogle-glog-dev protoc=protobuf-compiler \
-        protobuf=libprotobuf-dev hdf5=libhdf5-dev lmdb=liblmdb-dev \
-        leveldb=libleveldb-dev snappy=libsnappy-dev opencv=libopencv-dev \
-        openblas=libopenblas-dev cblas=libopenblas-dev atlas=libatlas-base-dev \
-        numpy=python3-numpy python=python3-dev turbojpeg=libturbojpeg0-dev \
-        opencl=ocl-icd-opencl-dev viennacl=libviennacl-dev; do
-      if [[ $1 == *${pair%%=*}* ]]; then
-        echo "${pair#*=}"
-        return
-      fi
-    done
-  fi
 }

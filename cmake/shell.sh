@@ -33,7 +33,7 @@ bad_usage() {  # MESSAGE
   (die "$1") || exit 2
 }
 
-script=$0
+script=${help_from:-$0}
 for argument; do
   [[ $argument == -h || $argument == --help ]] || continue
   if [[ ! ${helper:-} ]]; then show_help; exit; fi
@@ -74,6 +74,29 @@ one_at_a_time() {
   fi
 }
 
+# ---- Progress ----
+
+# progress WORDS: how far long work is. On a terminal a line that moves, else
+# one every ten seconds.
+moving=
+every=10
+next_line=$(( SECONDS + every ))
+progress() {
+  local line
+  if [[ -t 1 ]]; then
+    line=$(say "$1")
+    printf '\r%.*s\e[K' "$(( ${COLUMNS:-80} - 1 ))" "$line"
+    moving=1
+  elif (( SECONDS >= next_line )); then
+    say "$1"
+    next_line=$(( SECONDS + every ))
+  fi
+}
+progress_end() {
+  if [[ $moving ]]; then echo; fi
+  moving=
+}
+
 # ---- Packages ----
 
 is_debian() {
@@ -87,11 +110,55 @@ can_install() {
                     { sudo -n true 2> /dev/null || [[ -t 0 ]]; }; }
 }
 
+# apt_get ARGUMENT...: apt-get with its progress on standard output, and its
+# words on standard error.
+apt_get() {
+  # Through standard output, since sudo hands no other file on.
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y \
+    -o APT::Status-Fd=1 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+    "$@" 2>&1 | apt_progress
+}
+
+apt_progress() {
+  local line begun='' kind percent what words="waiting for apt" status
+  while :; do
+    status=0
+    IFS= read -r -t "$every" line || status=$?
+    line=$begun$line
+    begun=
+    # Where apt says nothing, what it said last goes on.
+    if (( status > 128 )); then
+      begun=$line
+      progress "$words"
+      continue
+    elif (( status )) && [[ ! $line ]]; then
+      break
+    fi
+    IFS=: read -r kind _ percent what <<< "$line"
+    case $kind in
+      dlstatus) words="downloading" ;;
+      pmstatus) words="installing" ;;
+      Waiting\ for\ *)
+        words="waiting for another program that installs packages"
+        percent= ;;
+      *)
+        printf '%s\n' "$line" >&2
+        continue ;;
+    esac
+    if [[ $percent ]]; then
+      printf -v words '%s %3d%%: %s' "$words" "${percent%%.*}" "$what"
+    fi
+    progress "$words"
+  done
+  progress_end
+}
+
 updated=
 update_lists() {
   # A third-party source that does not answer must not stop the others.
   if [[ ! $updated ]]; then
-    "${as_root[@]}" apt-get -qq -o DPkg::Lock::Timeout=600 update ||
+    say "updating the lists of packages"
+    apt_get -qq update ||
       say "apt-get update had errors; going on with the lists that are there"
   fi
   updated=1
@@ -108,18 +175,37 @@ need_packages() {
         "Ask for" "apt-get install --no-install-recommends $*"
   say "installing for $purpose: $*"
   log=$(mktemp)
-  update_lists > "$log" 2>&1
+  update_lists 2> "$log"
   # A run that was killed in here has left dpkg at half its work.
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive dpkg --configure -a \
     >> "$log" 2>&1 || true
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
-      -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
-      install --fix-broken --no-install-recommends "$@" >> "$log" 2>&1 || {
+  # With -qq it would not say that it waits for a lock.
+  apt_get -q install --fix-broken --no-install-recommends "$@" 2>> "$log" || {
     tail -n 20 "$log" >&2
     rm -f -- "$log"
     die "apt-get could not install $* (its last words stand above)"
   }
   rm -f -- "$log"
+}
+
+# ---- PyPI ----
+
+# find_pip: sets pip to the command. Fails where there is none.
+find_pip() {
+  local candidate
+  for candidate in "$python" python3; do
+    if "$candidate" -m pip --version > /dev/null 2>&1; then
+      pip=("$candidate" -m pip)
+      return
+    fi
+  done
+  return 1
+}
+
+# pip_unpack DEST PACKAGE...: the files of these packages, and of no other.
+pip_unpack() {
+  PIP_ROOT_USER_ACTION=ignore "${pip[@]}" --disable-pip-version-check install \
+      --no-deps --only-binary :all: --no-compile --target "$@" >&2
 }
 
 # ---- Versions ----

@@ -1,4 +1,5 @@
 """Caffe's protobuf messages, and what a solver's schedules mean."""
+import contextlib
 import ctypes
 import importlib
 import math
@@ -12,6 +13,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 class UserError(Exception):
     """A mistake in the input; the message says what to do."""
+
+
+@contextlib.contextmanager
+def user_errors(stopped="stopped"):
+    """Ends the program with one line where its user can help.
+
+    A UserError's, or stopped at Ctrl-C.
+    """
+    try:
+        yield
+    except UserError as error:
+        sys.exit("error: %s" % error)
+    except KeyboardInterrupt:
+        sys.exit(stopped)
 
 
 def compile_proto(source, folder):
@@ -118,6 +133,12 @@ def in_phase(pb, net, layer, phase):
     return not any(meets(rule) for rule in layer.exclude)
 
 
+# What a learning rate is made of besides base_lr.
+POLICIES = {"fixed": (), "step": ("gamma",), "exp": ("gamma",),
+            "inv": ("gamma", "power"), "multistep": ("gamma",),
+            "poly": ("power",), "sigmoid": ("gamma",)}
+
+
 def check_solver(solver, path):
     """Raises UserError where the schedule of the solver means nothing."""
     if solver.max_iter < 1:
@@ -127,12 +148,14 @@ def check_solver(solver, path):
     if solver.lr_policy in ("step", "sigmoid") and solver.stepsize < 1:
         raise UserError("%s: lr_policy \"%s\" needs a stepsize above 0"
                         % (path, solver.lr_policy))
-    for field in ("base_lr", "gamma", "power"):
+    if solver.lr_policy not in POLICIES:
+        raise UserError("%s: lr_policy \"%s\" is none of Caffe's"
+                        % (path, solver.lr_policy))
+    for field in ("base_lr",) + POLICIES[solver.lr_policy]:
         value = getattr(solver, field)
         # Of these, only power may be below 0.
         if not (math.isfinite(value) and (field == "power" or value >= 0)):
             raise UserError("%s: %s is %g" % (path, field, value))
-    learning_rate(solver, 0)
 
 
 def check_schedule(name, param):
@@ -187,11 +210,9 @@ def learning_rate(solver, iteration):
                                        for step in steps(solver)))
     elif policy == "poly":
         rate = base * power(1 - iteration / solver.max_iter, solver.power)
-    elif policy == "sigmoid":
+    else:  # "sigmoid"
         rate = base / (1 + power(math.e,
                                  -gamma * (iteration - solver.stepsize)))
-    else:
-        raise UserError("lr_policy \"%s\" is none of Caffe's" % policy)
     # Caffe's is a float.
     return ctypes.c_float(rate).value
 
@@ -199,9 +220,9 @@ def learning_rate(solver, iteration):
 def drops(solver):
     """The iterations at which the learning rate steps down."""
     if solver.lr_policy == "step":
-        return list(range(solver.stepsize, solver.max_iter, solver.stepsize))
+        return range(solver.stepsize, solver.max_iter, solver.stepsize)
     if solver.lr_policy == "multistep":
-        return [step for step in steps(solver) if step < solver.max_iter]
+        return [step for step in steps(solver) if 0 < step < solver.max_iter]
     return []
 
 

@@ -13,11 +13,10 @@ import argparse
 import os
 import re
 import struct
-import sys
 
 import numpy as np
 
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 
 
 def parse_args():
@@ -125,10 +124,8 @@ def run(args):
 
 
 def main():
-    try:
+    with user_errors():
         run(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,40 @@ build_caffe() {
   fi
 }
 
+# same_images DB OF: ends the script where DB holds other images than OF does.
+same_images() {
+  cmp -s "$1/dataset.txt" "$2/dataset.txt" ||
+    die "$(rel "$1") is not made from the images of $(rel "$2"): move it away"
+}
+
+# make_lmdb DB OF PREFIX [PART]: DB, if it is not there, of the images and
+# labels PREFIX-{images,labels}-idx?-ubyte with Caffe's own converter, or of a
+# PART of them, as split_digits.py takes it. OF/dataset.txt says which they are.
+make_lmdb() {
+  local db=$1 of=$2 from=$3 part=${4:-} new=${1%/*}/lmdb.new log
+  if [ -e "$db" ]; then
+    same_images "$db" "$of"
+    say "$(rel "$db") is ready"
+    return
+  fi
+  rm -rf "$new"
+  make_dir "$new"
+  if [ -n "$part" ]; then
+    "$PYTHON" "$ROOT/myexamples/mnist_verification/split_digits.py" "$from" \
+      "$new/part" "$part" || exit 1
+    from=$new/part
+  fi
+  log=$(GLOG_logtostderr=1 "$(example mnist/convert_mnist_data)" \
+    "$from-images-idx3-ubyte" "$from-labels-idx1-ubyte" "$new/lmdb" 2>&1) || {
+    make_dir "${db%/*}"
+    die "the conversion to $(rel "$db") failed: $log"
+  }
+  cp "$of/dataset.txt" "$new/lmdb" || die "cannot write to $(rel "$new")"
+  mv -T -- "$new/lmdb" "$db"
+  rm -rf "$new"
+  say "made $(rel "$db")"
+}
+
 # Which images the LMDBs of mnist hold.
 mnist_name() {
   cat "$ROOT/myexamples/mnist/mnist_train_lmdb/dataset.txt" 2>/dev/null ||
@@ -65,6 +99,13 @@ mnist_name() {
 need_plots() {
   "$PYTHON" -c 'import matplotlib' 2>/dev/null ||
     need_packages "the plots" python3-matplotlib
+}
+
+# has_option OPTION ARGUMENT...: whether a script was given its one option.
+has_option() {
+  [ $# -le 2 ] || bad_usage "more than one argument"
+  [ $# -eq 1 ] || [ "$2" = "$1" ] || bad_usage "unknown argument $2"
+  [ $# -eq 2 ]
 }
 
 sha256_is() { [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$2" ]; }
@@ -210,72 +251,4 @@ model_accuracy() {
 # tracked ones, and Caffe asks for it.
 move_away() {  # DIR
   printf 'move its files away: mv %q/* ELSEWHERE' "$(rel "$1")"
-}
-
-# paper_options SOLVER CHANNELS HEIGHT WIDTH [OPTION...]: sets $solver and
-# $options for train_paper from the options of one of the paper's trainings:
-# --cpu, and those of `caffe train`. Ends the script where the training needs
-# a GPU, and there is none that Caffe can use.
-paper_options() {
-  local words why shape=("${@:2:3}") cpu='' name
-  solver=$1
-  options=()
-  shift 4
-  while [ $# -gt 0 ]; do
-    name=${1#-}
-    name=--${name#-}
-    case $1 in
-      --cpu | -cpu) cpu=1 ;;
-      -*=*) options+=("$name") ;;
-      -*)
-        # What gflags takes for a value, too.
-        if [ $# -gt 1 ] && [[ $2 != -* ]]; then
-          name+=$(printf '=%s' "$2")
-          shift
-        fi
-        options+=("$name") ;;
-      *) bad_usage "unknown argument $1" ;;
-    esac
-    shift
-  done
-  [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
-  ! grep -q '^ *solver_mode: *CPU' "$solver" || return 0
-  if [ -n "$cpu" ]; then
-    [[ "${options[*]}" != *--gpu* ]] || die "--cpu and --gpu exclude each other"
-    cpu_solver=1
-    return
-  fi
-  words=$("$CAFFE" device_query --gpu=0 2>&1) && return
-  why="Caffe finds no GPU that it can use here"
-  [[ $words != *CPU-only* ]] ||
-    why="this Caffe is built without CUDA (cmake/build_caffe.sh --cuda)"
-  say "timing the net on the CPU"
-  words=$("$PYTHON" "$ROOT/myexamples/cpu_hours.py" "$CAFFE" "$solver" \
-    "${shape[@]}") || words='many'
-  die "the training is made for a GPU, and $why; with --cpu it takes about\
- $words hours on this machine"
-}
-
-# train_paper DIR: trains one of the paper's nets after paper_options; its
-# snapshots go to DIR.
-cpu_solver=
-train_paper() {
-  local dir=$1 state
-  one_at_a_time "$dir/.lock"
-  need_plots
-  state=$(last_snapshot "$dir")
-  [[ " ${options[*]}" == *' --snapshot='* || -z $state ]] ||
-    die "$(rel "$dir") has an earlier training: go on with\
- --snapshot=$(rel "$state"), or $(move_away "$dir")"
-  if [ -n "$cpu_solver" ]; then
-    { grep -v '^ *solver_mode:' "$solver"; echo "solver_mode: CPU"; } \
-      >"$dir/cpu_solver.prototxt"
-    solver=$dir/cpu_solver.prototxt
-  fi
-  train "$solver" "$dir" "${options[@]}" ||
-    die "stopped before the end; go on from there with\
- --snapshot=$(rel "$(last_snapshot "$dir")")"
-  "$PYTHON" "$ROOT/myexamples/plot_training.py" "$dir/train.log" \
-    -o "$dir/training.png"
-  say "done: the snapshots are in $(rel "$dir")"
 }

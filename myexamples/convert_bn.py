@@ -29,7 +29,6 @@ found by its name. A BatchNorm without a Scale becomes a BN of slope 1.
 """
 import argparse
 import os
-import sys
 
 import numpy as np
 
@@ -37,7 +36,7 @@ import caffe_model
 import caffe_proto
 from bn_dialect import EPS, inverse_std, moving_variance, speaks_against, \
     check_statistics
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 
 DIALECTS = ("inverse-std", "variance", "batchnorm-scale")
 
@@ -441,10 +440,8 @@ def run(args):
 
 
 def main():
-    try:
+    with user_errors():
         run(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 import tempfile
 
 import caffe_proto
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 
 SAMPLES = 32
 
@@ -71,10 +70,8 @@ def hours(args):
 
 
 def main():
-    try:
+    with user_errors():
         found = hours(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
     print("%.2g" % found if found < 10 else round(found))
 
 

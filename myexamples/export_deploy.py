@@ -23,7 +23,6 @@ more than 1e-4 (relative to the largest output), nothing is written.
 import argparse
 import contextlib
 import os
-import sys
 
 import numpy as np
 
@@ -31,7 +30,7 @@ import caffe_model
 import caffe_proto
 from bn_dialect import inverse_std, speaks_against
 from caffe_net import Caffe
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 from deploy_input import IMAGES, Input
 from deploy_net import MARGIN, Graph
 
@@ -284,13 +283,9 @@ def export(caffe, pb, args):
 
 
 def main():
-    try:
-        args = parse_args()
-        pb = caffe_proto.load()
-        with Caffe() as caffe:
-            export(caffe, pb, args)
-    except UserError as error:
-        sys.exit("error: %s" % error)
+    args = parse_args()
+    with user_errors(), Caffe() as caffe:
+        export(caffe, caffe_proto.load(), args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ angles are like softmax's had too large a lambda (see plot_lambda.py).
 import argparse
 import os
 import re
-import sys
 
 import matplotlib
 matplotlib.use("Agg")
@@ -25,7 +24,7 @@ import caffe_model  # noqa: E402
 import caffe_proto  # noqa: E402
 import features  # noqa: E402
 import runs  # noqa: E402
-from caffe_proto import ROOT, UserError  # noqa: E402
+from caffe_proto import ROOT, UserError, user_errors  # noqa: E402
 
 BATCHES = 100
 
@@ -257,12 +256,8 @@ def run(args):
 
 
 def main():
-    try:
+    with user_errors():
         run(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 #!/usr/bin/python3
-"""Draws loss, test accuracy and lambda over the iterations of a Caffe log."""
+"""Draws loss, test accuracy and lambda over the iterations of a Caffe log.
+
+A log with the lines of LSOFTMAX_LOG_EVERY also gets panels of the angles to
+the own class, the norms of features and class weights, the share of samples
+whose margin holds, and the shares of samples in the segments of psi.
+"""
 import argparse
 import os
 import sys
@@ -9,41 +14,72 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from caffe_log import History  # noqa: E402
+from caffe_log import read_history  # noqa: E402
+from caffe_proto import user_errors  # noqa: E402
+from event_files import EventWriter  # noqa: E402
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", metavar="LOG",
                         help="what `caffe train` wrote to stderr")
     parser.add_argument("-o", "--output", metavar="PNG",
                         help="default: LOG with the ending .png")
     parser.add_argument("-t", "--title", help="default: the name of LOG")
+    parser.add_argument("--tensorboard", metavar="DIR",
+                        help="write event files for TensorBoard into DIR, "
+                        "too (needs the Python package tensorboardX)")
     return parser.parse_args()
 
 
+def margin_panels(history):
+    """The panels of what the margin layers log: (label, curves)."""
+    layers = history.margins()
+    panels = {"angle (degrees)": [], "norm": [], "margin holds": [],
+              "samples in segment": []}
+    for layer in layers:
+        head = layer + " " if len(layers) > 1 else ""
+        for label, name, words in (
+                ("angle (degrees)", "angle_p95", "95th percentile"),
+                ("angle (degrees)", "angle_mean", "mean"),
+                ("norm", "feature_norm", "features"),
+                ("norm", "weight_norm", "class weights"),
+                ("margin holds", "holds", "margin holds")):
+            panels[label].append((head + words, history.margin(layer, name)))
+        iterations, shares = history.margin(layer, "segments")
+        for k, values in enumerate(zip(*shares)):
+            panels["samples in segment"].append(
+                ("%sk = %d" % (head, k), (iterations, values)))
+    return list(panels.items())
+
+
 def draw(history, title):
-    """A figure with one panel for each of the three that the log has."""
-    panels = [[("train loss", history.curve("train", "loss")),
-               ("test loss", history.curve("test", "loss"))],
-              [("test accuracy", history.accuracies())],
-              [("lambda", history.curve("train", "lambda"))]]
-    panels = [[c for c in panel if c[1][0]] for panel in panels]
-    panels = [panel for panel in panels if panel]
+    """A figure with one panel for each of what the log has."""
+    panels = [("loss", [("train loss", history.curve("train", "loss")),
+                        ("test loss", history.curve("test", "loss"))]),
+              ("test accuracy", [("test accuracy", history.accuracies())]),
+              ("lambda", [("lambda", history.descent())])]
+    panels += margin_panels(history)
+    panels = [(label, [c for c in curves if c[1][0]])
+              for label, curves in panels]
+    panels = [panel for panel in panels if panel[1]]
     figure, axes = plt.subplots(
         len(panels), 1, sharex=True, squeeze=False,
         figsize=(8, 1 + 2.4 * len(panels)), constrained_layout=True)
-    for axis, panel in zip(axes[:, 0], panels):
-        for name, (iterations, values) in panel:
+    for axis, (label, curves) in zip(axes[:, 0], panels):
+        for name, (iterations, values) in curves:
             marker = "." if name.startswith("test") else None
             axis.plot(iterations, values, label=name, marker=marker)
-        axis.set_ylabel(panel[0][0].split()[-1] if len(panel) > 1
-                        else panel[0][0])
-        if len(panel) > 1:
+        if len(curves) > 1:
             axis.legend()
-        values = panel[0][1][1]
+        else:
+            label = curves[0][0] if label == "loss" else label
+        axis.set_ylabel(label)
+        values = [value for _, points in curves for value in points[1]]
         # Over less than a decade, a log scale has no tick or crowded ones.
-        if panel[0][0] == "lambda" and 0 < 10 * min(values) < max(values):
+        if label in ("lambda", "norm") and 0 < 10 * min(values) < max(values):
             axis.set_yscale("log")
         else:
             axis.ticklabel_format(axis="y", useOffset=False, style="plain")
@@ -58,24 +94,24 @@ def draw(history, title):
 def main():
     args = parse_args()
     output = args.output or os.path.splitext(args.log)[0] + ".png"
-    try:
-        with open(args.log, errors="replace") as lines:
-            history = History(lines)
-    except OSError as error:
-        sys.exit("error: cannot read %s: %s" % (args.log, error.strerror))
-    if not history.train and not history.test:
-        sys.exit("error: %s is no log of `caffe train`, or its training never "
-                 "began: it has no line \"Iteration N, loss = ...\""
-                 % args.log)
+    history = read_history(args.log)
+    with user_errors():
+        events = args.tensorboard and EventWriter(args.tensorboard)
     figure = draw(history, args.title or os.path.basename(args.log))
     try:
         figure.savefig(output, dpi=100)
     except (OSError, ValueError) as error:
         sys.exit("error: cannot write %s: %s" % (output, error))
+    if events:
+        for row in history.rows():
+            events.add(row)
+        events.close()
     iterations, accuracies = history.accuracies()
     if accuracies:
         print("test accuracy: %.4f after %d iterations"
               % (accuracies[-1], iterations[-1]))
+    if events:
+        print("event files: %s" % args.tensorboard)
     print("plot: %s" % output)
 
 

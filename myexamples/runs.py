@@ -2,6 +2,8 @@
 
 A run that came to its end is kept: run again, only the missing ones train.
 """
+import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,9 +12,55 @@ import time
 
 import caffe_log
 import caffe_proto
-from caffe_proto import ROOT, UserError
+from caffe_proto import ROOT, UserError, user_errors
 
 DESCENT = ("base", "gamma", "power", "lambda_min")
+
+
+def parser(description, solver, output, seeds):
+    """A parser of the options that all comparisons have, with defaults."""
+    options = argparse.ArgumentParser(
+        description=description, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("-m", "--margins", type=int, nargs="+",
+                         default=[1, 2, 3, 4], metavar="M",
+                         help="default: 1 2 3 4")
+    options.add_argument("-s", "--seeds", type=int, default=seeds,
+                         metavar="N",
+                         help="runs of each margin (default: %(default)s)")
+    options.add_argument("--solver", metavar="SOLVER", default=solver,
+                         help="default: " + os.path.basename(solver))
+    options.add_argument("-o", "--output", metavar="FOLDER", default=output,
+                         help="default: " + from_root(output))
+    options.add_argument("-j", "--jobs", type=int, metavar="N",
+                         default=os.cpu_count(),
+                         help="nets trained at once (default: one a core)")
+    return options
+
+
+def parse(options):
+    """The arguments of such a parser, checked; margins rise."""
+    args = options.parse_args()
+    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
+        options.error("margins, seeds and jobs are at least 1")
+    args.margins = sorted(set(args.margins))
+    return args
+
+
+def of_each(args, make):
+    """make(folder's name, margin, seed) of each net, seed by seed."""
+    return [make("m%d_seed%d" % (margin, seed), margin, seed)
+            for seed in range(1, args.seeds + 1) for margin in args.margins]
+
+
+@contextlib.contextmanager
+def errors():
+    """Ends a comparison that fails or is stopped with one line."""
+    with user_errors("stopped; run this again to go on"):
+        try:
+            yield
+        except OSError as error:
+            raise UserError("cannot write: %s" % error)
 
 
 def from_root(path):

@@ -35,13 +35,16 @@ def check_model(pb, path):
         raise caffe_proto.UserError("%s is cut short" % path)
 
 
-def check_state(pb, path):
-    """Raises UserError where a .solverstate or its model is not whole."""
+def check_state(pb, path, base=caffe_proto.ROOT):
+    """Raises UserError where a .solverstate or its model is not whole.
+
+    base is the folder that Caffe ran in.
+    """
     state = read(pb.SolverState(), path)
     # Caffe always writes this field, and it comes last.
     if not state.HasField("current_step"):
         raise caffe_proto.UserError("%s is cut short" % path)
-    check_model(pb, os.path.join(caffe_proto.ROOT, state.learned_net))
+    check_model(pb, os.path.join(base, state.learned_net))
 
 
 def newest(pb, folder):

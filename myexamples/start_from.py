@@ -16,14 +16,13 @@ that, where their shape shows it).
 """
 import argparse
 import os
-import sys
 
 import numpy as np
 
 import caffe_model
 import caffe_proto
 from caffe_net import Caffe
-from caffe_proto import UserError
+from caffe_proto import UserError, user_errors
 from deploy_net import MARGIN, Graph
 from export_deploy import find_inputs
 
@@ -265,13 +264,9 @@ def run(caffe, pb, args):
 
 
 def main():
-    try:
-        args = parse_args()
-        pb = caffe_proto.load()
-        with Caffe() as caffe:
-            run(caffe, pb, args)
-    except UserError as error:
-        sys.exit("error: %s" % error)
+    args = parse_args()
+    with user_errors(), Caffe() as caffe:
+        run(caffe, caffe_proto.load(), args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ the options replace; a deploy net says nothing of mean and scale.
 """
 import argparse
 import os
-import sys
 
 import matplotlib
 matplotlib.use("Agg")
@@ -33,7 +32,7 @@ import numpy as np  # noqa: E402
 import caffe_proto  # noqa: E402
 import features  # noqa: E402
 import runs  # noqa: E402
-from caffe_proto import UserError  # noqa: E402
+from caffe_proto import UserError, user_errors  # noqa: E402
 
 FOLDS = 10
 FARS = [0.01, 0.001]
@@ -403,12 +402,8 @@ def report(args, pairs, scores):
 
 
 def main():
-    try:
+    with user_errors():
         run(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 if __name__ == "__main__":

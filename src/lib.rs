@@ -7,7 +7,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `bridge` | what C++ calls; Caffe's BLAS behind the traits of [`blas`] |
-//! | [`large_margin`] | the margin layer: psi, lambda, a sample's correction; CPU and GPU side by side |
+//! | [`large_margin`] | the margin layer: psi, lambda, a sample's correction, what a pass tells; CPU and GPU side by side |
 //! | [`batch_norm`] | the batch normalisation layer, likewise |
 //! | [`param`] | the layer parameters, decoded from Caffe's protobuf messages |
 //! | `cuda` (feature `cuda`) | devices, launches, news of kernels |

@@ -43,5 +43,14 @@ pub(crate) fn lane_sum<T: Dtype>(a: &[T], b: &[T], term: impl Fn(T, T) -> f64) -
         add(a, b);
     }
     add(a_rest, b_rest);
-    sums.iter().sum()
+    // By halves: four additions wait for one another, not LANES.
+    let mut lanes = LANES;
+    while lanes > 1 {
+        lanes /= 2;
+        let (low, high) = sums.split_at_mut(lanes);
+        for (low, high) in low.iter_mut().zip(high) {
+            *low += *high;
+        }
+    }
+    sums[0]
 }

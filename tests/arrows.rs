@@ -16,7 +16,7 @@ const CRATE: &[&[&str]] = &[
 /// Likewise of a layer's files, by `use super::`. What `mod.rs` itself defines,
 /// the layer, all may use.
 const LARGE_MARGIN: &[&[&str]] = &[
-    &["cpu", "gpu"],
+    &["cpu", "gpu", "diagnosis"],
     &["correction", "row", "schedule"],
     &["margin"],
 ];

@@ -12,6 +12,7 @@ use lsoftmax::dtype::Dtype;
 use lsoftmax::error::Result;
 use lsoftmax::large_margin::LargeMarginInnerProduct;
 use lsoftmax::large_margin::cpu::{Backward, Forward};
+use lsoftmax::large_margin::diagnosis::{Diagnosis, Pass};
 use lsoftmax::large_margin::margin::Margin;
 use lsoftmax::param::LargeMarginInnerProductParameter;
 use proptest::prelude::*;
@@ -182,8 +183,9 @@ fn run<T: Dtype>(
     let m = labels.len();
     let mut layer = layer(param, m, k);
     let mut out = Outcome {
-        top: vec![T::default(); m * n],
-        dx: vec![T::default(); m * k],
+        // Written over, whatever was there.
+        top: vec![T::from_f64(f64::NAN); m * n],
+        dx: vec![T::from_f64(f64::NAN); m * k],
         dw: vec![T::default(); n * k],
     };
     forward(&mut layer, x, Some(labels), w, &mut out.top).unwrap();
@@ -1071,5 +1073,224 @@ proptest! {
         let mut top = vec![0.0; 4 * sizes.classes];
         let done = forward(&mut layer, &x, Some(&labels), &w, &mut top);
         prop_assert!(done.is_err() || top.iter().all(|v| v.is_finite()), "{top:?}");
+    }
+}
+
+// ---- The diagnosis ----
+
+/// A forward pass and what it tells.
+fn diagnose<T: Dtype>(
+    layer: &mut LargeMarginInnerProduct,
+    (x, w, labels): (&[T], &[T], &[T]),
+    n: usize,
+) -> Diagnosis {
+    let mut logits = vec![T::default(); labels.len() * n];
+    forward(layer, x, Some(labels), w, &mut logits).unwrap();
+    let pass = Pass {
+        features: x,
+        labels,
+        weights: w,
+        logits: &logits,
+    };
+    layer.diagnose(pass).unwrap()
+}
+
+impl Problem {
+    fn diagnose(&self, param: &LargeMarginInnerProductParameter) -> Diagnosis {
+        let mut layer = layer(param, self.labels.len(), self.k);
+        diagnose(&mut layer, (&self.x, &self.w, &self.labels), self.n)
+    }
+
+    /// Samples that are right by the logits of an oracle without lambda.
+    fn holds(&self, m: u32) -> usize {
+        let top = self.oracle(m, 0.0).top;
+        let holds = |(i, &y): (usize, &f64)| {
+            let row = &top[i * self.n..][..self.n];
+            row.iter().all(|&f| row[y as usize] >= f)
+        };
+        self.labels
+            .iter()
+            .enumerate()
+            .filter(|&at| holds(at))
+            .count()
+    }
+}
+
+#[test]
+fn the_diagnosis_has_the_angles_norms_and_segments_that_went_in() {
+    for m in [1, 2, 4] {
+        // In degrees: 0, 3, ..., 177, none of them at a border.
+        let degrees: Vec<f64> = (0..60).map(|i| f64::from(3 * i)).collect();
+        let radians: Vec<f64> = degrees.iter().map(|d| (d + 1.0).to_radians()).collect();
+        let p = Problem::at_angles(1, &radians, 3, 7);
+        let found = p.diagnose(&param(p.n, m, 5.0));
+        assert_eq!((found.passes, found.lambda, found.samples), (1, 5.0, 60));
+        assert_eq!((found.ignored, found.zero, found.not_finite), (0, 0, 0));
+        let got: Vec<f64> = found.angles.iter().map(|angle| angle - 1.0).collect();
+        assert_close(&got, &degrees, 1e-9, "angles");
+        assert!((found.mean_angle() - 89.5).abs() < 1e-9);
+        assert!((found.percentile(0.95) - (1.0 + 0.95 * 177.0)).abs() < 1e-9);
+        assert!((found.percentile(1.0) - 178.0).abs() < 1e-6);
+        assert_eq!(found.segments, vec![60 / m as usize; m as usize]);
+        // at_angles makes them 1, 1.1, 1.2 ... long.
+        assert!((found.feature_norm - (1.0 + 0.1 * 59.0 / 2.0)).abs() < 1e-9);
+        let norm = |w: &[f64]| w.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let norms: f64 = p.w.chunks(p.k).map(norm).sum();
+        assert!((found.weight_norm - norms / 3.0).abs() < 1e-12);
+        assert_eq!(found.holds, p.holds(m), "m {m}");
+    }
+}
+
+#[test]
+fn the_margin_that_must_hold_is_the_whole_one_whatever_lambda() {
+    let p = Problem::random(3, 200, 4, 3);
+    let held: Vec<usize> = [1, 2, 3, 4].map(|m| p.holds(m)).to_vec();
+    assert!(
+        held[0] > held[1] && held[1] > held[3] && held[3] > 0,
+        "{held:?}"
+    );
+    for lambda in [0.0, 1000.0] {
+        let got = [1, 2, 3, 4].map(|m| p.diagnose(&param(p.n, m, lambda)).holds);
+        assert_eq!(got.to_vec(), held);
+    }
+}
+
+#[test]
+fn the_diagnosis_leaves_out_ignored_and_unusable_samples() {
+    let mut p = Problem::random(1, 8, 4, 3);
+    p.labels = vec![0.0, 0.0, 1.0, -7.0, 1.0, 2.0, 3.0, 0.0];
+    p.x[3..6].fill(0.0);
+    p.x[12] = f64::NAN;
+    p.x[15] = f64::INFINITY;
+    p.w[3 * 3..][..3].fill(0.0);
+    // Of class 2, whose one sample is not finite: no part of the mean.
+    p.w[2 * 3..][..3].fill(9.0);
+    let param = LargeMarginInnerProductParameter {
+        ignore_label: Some(-7),
+        ..param(p.n, 2, 0.0)
+    };
+    let found = p.diagnose(&param);
+    assert_eq!((found.samples, found.ignored), (3, 1));
+    assert_eq!((found.zero, found.not_finite), (2, 2));
+    let norm = |v: &[f64]| v.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let row = |i: usize| norm(&p.x[i * 3..][..3]);
+    assert!((found.feature_norm - (row(0) + row(2) + row(7)) / 3.0).abs() < 1e-12);
+    let weights = (norm(&p.w[..3]) + norm(&p.w[3..6])) / 2.0;
+    assert!((found.weight_norm - weights).abs() < 1e-12);
+    assert_eq!(found.segments.iter().sum::<usize>(), 3);
+}
+
+#[test]
+fn a_logit_that_is_not_a_number_is_not_beaten() {
+    let p = Problem::at_angles(1, &[0.0, 0.0], 2, 3);
+    let mut layer = layer(&param(2, 1, 0.0), 2, 3);
+    let mut logits = vec![0.0; 4];
+    forward(&mut layer, &p.x, Some(&p.labels), &p.w, &mut logits).unwrap();
+    for (other, holds) in [(f64::NAN, 0), (f64::INFINITY, 0), (-f64::INFINITY, 1)] {
+        (logits[1], logits[2]) = (other, f64::NAN);
+        let pass = Pass {
+            features: &p.x,
+            labels: &p.labels,
+            weights: &p.w,
+            logits: &logits,
+        };
+        assert_eq!(layer.diagnose(pass).unwrap().holds, holds, "{other}");
+    }
+}
+
+#[test]
+fn a_batch_without_a_usable_sample_is_said_in_one_line() {
+    let mut p = Problem::random(1, 4, 3, 5);
+    p.x.fill(f64::NAN);
+    let found = p.diagnose(&param(p.n, 4, 2.5));
+    assert_eq!(
+        found.to_string(),
+        "pass 1, lambda = 2.5, samples = 0, ignored = 0, zero = 0, not_finite = 4"
+    );
+    assert!(found.percentile(0.5).is_nan() && found.mean_angle().is_nan());
+    let none = Problem::random(1, 0, 3, 5).diagnose(&param(3, 4, 0.0));
+    assert!(none.to_string().contains("samples = 0, "), "{none}");
+}
+
+#[test]
+fn the_line_of_the_diagnosis_holds_all_of_it() {
+    let radians: Vec<f64> = (0..21).map(|i| f64::from(4 * i).to_radians()).collect();
+    let p = Problem::at_angles(1, &radians, 1, 2);
+    let unit = |i: usize, angle: f64| {
+        let angle = angle + (4f64).atan2(3.0);
+        let length = 1.0 + i as f64;
+        [length * angle.cos(), length * angle.sin()]
+    };
+    let x = radians
+        .iter()
+        .enumerate()
+        .flat_map(|(i, &angle)| unit(i, angle));
+    let (x, w) = (x.collect(), vec![3.0, 4.0]);
+    let p = Problem { x, w, ..p };
+    let line = p.diagnose(&param(1, 4, 1234.5678)).to_string();
+    assert_eq!(
+        line,
+        "pass 1, lambda = 1234.57, samples = 21, ignored = 0, zero = 0, not_finite = 0, \
+         angle_mean = 40, angle_p95 = 76, feature_norm = 11, weight_norm = 5, holds = 1, \
+         segments = 0.571429 0.428571 0 0, \
+         angle_deciles = 0 8 16 24 32 40 48 56 64 72 80"
+    );
+}
+
+#[test]
+fn the_diagnosis_of_f32_is_that_of_f64_within_its_rounding() {
+    let p = Problem::random(5, 50, 6, 17);
+    let want = p.diagnose(&param(p.n, 3, 1.0));
+    let cast = |v: &[f64]| v.iter().map(|&a| a as f32).collect::<Vec<f32>>();
+    let mut layer = layer(&param(p.n, 3, 1.0), 50, p.k);
+    let (x, w, labels) = (cast(&p.x), cast(&p.w), cast(&p.labels));
+    let got = diagnose(&mut layer, (&x, &w, &labels), p.n);
+    assert_close(&got.angles, &want.angles, 1e-5, "angles");
+    assert_eq!((got.holds, got.segments), (want.holds, want.segments));
+}
+
+#[test]
+fn the_diagnosis_is_due_every_so_many_passes_where_it_is_asked_for() {
+    let due = |value: &str, iteration: i32| -> Vec<i64> {
+        let param = LargeMarginInnerProductParameter {
+            iteration: Some(iteration),
+            ..param(3, 2, 1.0)
+        };
+        let p = Problem::random(1, 2, 3, 4);
+        let mut layer = layer(&param, 2, 4);
+        layer.log_every(value).unwrap();
+        assert!(iteration > 0 || !layer.diagnosis_is_due(), "before a pass");
+        let mut pass = || {
+            let mut logits = [0.0; 6];
+            forward(&mut layer, &p.x, Some(&p.labels), &p.w, &mut logits).unwrap();
+            layer.diagnosis_is_due().then(|| layer.passes())
+        };
+        (0..7).filter_map(|_| pass()).collect()
+    };
+    assert_eq!(due("3", 0), [1, 4, 7]);
+    assert_eq!(due(" 3 ", 0), [1, 4, 7]);
+    assert_eq!(due("3", 99), [100, 103, 106]);
+    assert_eq!(due("1", 0), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!(due("100", 0), [1]);
+    assert_eq!(due("0", 0), [0; 0]);
+    assert_eq!(due("", 0), [0; 0]);
+}
+
+#[test]
+fn a_bad_number_of_passes_is_refused_by_its_value() {
+    for bad in [
+        "-1",
+        "1.5",
+        "1e3",
+        "every",
+        "100 200",
+        "99999999999999999999",
+    ] {
+        let mut layer = layer(&param(3, 2, 1.0), 2, 4);
+        let message = layer.log_every(bad).unwrap_err().to_string();
+        assert!(
+            message.starts_with(&format!("LSOFTMAX_LOG_EVERY: '{bad}' is no number")),
+            "{message}"
+        );
     }
 }

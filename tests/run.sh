@@ -22,89 +22,29 @@ for argument; do
   esac
 done
 
-logs=$ROOT/build/test-logs
-one_at_a_time "$logs/.lock"
-rm -f -- "$logs"/*.log
-trap 'exit 130' INT
-trap 'exit 143' TERM
-# The tests leave no byte code beside the sources.
-export PYTHONDONTWRITEBYTECODE=1
-
-stages=()    # "RESULT|SECONDS|NAME|WORDS", in their order
-closings=()  # what the test runners ended with
-passed=0     # single tests
-failed=0
-skipped=0
-number=0
-total=12
-
-# sum_of LOG PATTERN: the sum of the numbers before the words of a closing
-# line.
-sum_of() {
-  { grep -Eo -- "$2" "$1" || true; } | tr -dc '0-9\n' |
-    awk '{ sum += $1 } END { print sum + 0 }'
-}
-
-# stage NAME PATTERN COMMAND...: runs a command with its output on the screen
-# and in a log. PATTERN finds the closing lines of the command's test runner,
-# which count its tests; without one, the stage counts as one test.
-stage() {
-  local name=$1 pattern=$2 log line status start=$SECONDS closing=''
-  local result=passed good=0 bad=0 left=0
-  shift 2
-  number=$((number + 1))
-  log=$logs/${name//[^a-zA-Z0-9]/-}.log
-  say "[$number/$total] $name"
-  # A pipeline's part is a subshell: a `die` ends the stage and not the run.
-  set +e
-  "$@" 2>&1 | tee -- "$log"
-  status=${PIPESTATUS[0]}
-  set -e
-  if [ -n "$pattern" ]; then
-    # Colours would hide the words from the patterns.
-    sed 's/\x1b\[[0-9;]*m//g' "$log" | { grep -E -- "$pattern" || true; } \
-      >"$logs/.closing"
-    good=$(sum_of "$logs/.closing" '[0-9]+ passed|PASSED +\] [0-9]+')
-    bad=$(sum_of "$logs/.closing" '[0-9]+ (failed|errors?)|FAILED +\] [0-9]+')
-    left=$(sum_of "$logs/.closing" '[0-9]+ (skipped|ignored)')
-    closing="$good passed, $bad failed"
-    while IFS= read -r line; do
-      closings+=("$name: $line")
-    done <"$logs/.closing"
-    rm -f -- "$logs/.closing"
-    if [ "$status" -eq 0 ] && [ "$good" -eq 0 ]; then
-      closing="ran no test"
-      status=1
-    fi
-  else
-    [ "$status" -ne 0 ] || good=1
-  fi
-  if [ "$status" -ne 0 ]; then
-    result=FAILED
-    # A runner that broke down has counted nothing.
-    [ "$bad" -gt 0 ] || bad=1
-    say "$name failed (exit status $status); its log is $(rel "$log")"
-  fi
-  passed=$((passed + good))
-  failed=$((failed + bad))
-  skipped=$((skipped + left))
-  stages+=("$result|$((SECONDS - start))|$name|$closing")
-}
-
-# skip NAME WHY: a stage that this machine cannot run.
-skip() {
-  number=$((number + 1))
-  say "[$number/$total] $1: SKIPPED, $2"
-  skipped=$((skipped + 1))
-  stages+=("SKIPPED|0|$1|$2")
-}
-
-# ---- What the tests need ----
+one_at_a_time "$ROOT/build/test-logs/.lock"  # tests/run.py has it, too
 
 # The Debian package of the cargo on the PATH: cargo, cargo-web or cargo-1.89.
 cargo_package() {
   dpkg -S "$(readlink -f "$(command -v cargo)")" 2>/dev/null |
     sed -n '1s/^\(cargo[^:]*\):.*/\1/p'
+}
+
+# The package that writes event files, for the tests alone.
+tensorboardx=$ROOT/build/tensorboardX
+
+has_tensorboardx() {
+  PYTHONPATH=$tensorboardx "$PYTHON" -c 'import tensorboardX' 2>/dev/null
+}
+
+# What it depends on is Debian's.
+get_tensorboardx() {
+  ! has_tensorboardx || return 0
+  rm -rf -- "$tensorboardx" "$tensorboardx.part"
+  PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip --disable-pip-version-check \
+    install --no-deps --no-compile --target "$tensorboardx.part" \
+    'tensorboardX==2.6.*' || return
+  mv -- "$tensorboardx.part" "$tensorboardx" && has_tensorboardx
 }
 
 # All of them at once, with those of the build: who cannot install them asks
@@ -114,11 +54,12 @@ install_packages() {
   mapfile -t missing < <(cmake/build_caffe.sh --packages)
   modules=(pytest=python3-pytest xdist=python3-pytest-xdist h5py=python3-h5py
     pydot=python3-pydot numpy=python3-numpy scipy=python3-scipy
-    sklearn=python3-sklearn cv2=python3-opencv)
-  # nvcc comes from PyPI where there is none.
-  [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
-    PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null ||
-    modules+=(pip=python3-pip)
+    sklearn=python3-sklearn cv2=python3-opencv nbconvert=python3-nbconvert
+    ipykernel=python3-ipykernel)
+  # nvcc comes from PyPI where there is none, and so does tensorboardX.
+  { { [ -z "$cuda" ] || [ -n "${CUDA_HOME:-}" ] ||
+    PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; } &&
+    has_tensorboardx; } || modules+=(pip=python3-pip)
   for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
@@ -137,106 +78,17 @@ install_packages() {
   mapfile -t missing < <(printf '%s\n' "${missing[@]}" |
     awk '$0 && !seen[$0]++')
   [ ${#missing[@]} -eq 0 ] || need_packages "the tests" "${missing[@]}"
-  echo "all there"
+  get_tensorboardx ||
+    say "tensorboardX cannot be had: the tests of event files are left out"
 }
 
 # The cargo that builds the library: the first one on the PATH may be too old.
-use_the_builds_cargo() {
-  local dir
-  dir=$(cmake/find_cargo.sh 2>/dev/null) || return 0
-  PATH=$dir:$PATH
-}
-
-# add_rust_tool NAME COMPONENT PACKAGE: for cargo NAME, which may come apart
-# from cargo. Fails where it cannot be had.
-add_rust_tool() {
-  local package
-  ! cargo "$1" --version >/dev/null 2>&1 || return 0
-  say "cargo $1 is missing; installing it"
-  if command -v rustup >/dev/null &&
-      rustup component add "$2" >/dev/null 2>&1; then
-    cargo "$1" --version >/dev/null 2>&1 && return
-  fi
-  package=$(cargo_package) || true
-  # shellcheck disable=SC2059  # the format is one of the two calls below
-  (need_packages "cargo $1" "$(printf "$3" "${package#cargo}")") &&
-    cargo "$1" --version >/dev/null 2>&1
-}
-
-# ---- The stages ----
-
-check_scripts() {
-  local scripts
-  mapfile -d '' -t scripts < <(find . \
-    \( -path ./build -o -path ./target -o -path ./vendor -o -path ./.git \) -prune -o \
-    -type f \( -name '*.sh' -o -path ./.ci/run \) -print0)
-  shellcheck --external-sources -- "${scripts[@]}" &&
-    echo "${#scripts[@]} scripts are clean"
-}
-
-run_gtests() {
-  # Caffe's tests find their data from the root of its tree.
-  cd -- "$CAFFE_ROOT" || return
-  local tests=build/test/test.testbin
-  # Make's, of all layers.
-  [ ! -e build/.linked ] || tests=build/test/test_all.testbin
-  "$tests" --gtest_color=no --gtest_filter="$1"
-}
-
-run_pytest() {
-  local folder=$1
-  shift
-  "$PYTHON" -m pytest -p no:cacheprovider -ra --durations=5 "$@" \
-    "tests/$folder"
-}
-
-closing_of_cargo='^test result: '
-closing_of_gtest='^\[  (PASSED|FAILED)  \] [0-9]+ tests?[.,]'
-closing_of_pytest='^=+ .*[0-9]+ (passed|failed|errors?|skipped).* in [0-9.]+s'
-
-use_the_builds_cargo
-stage "packages" '' install_packages
-if [ "$failed" -gt 0 ] && ! can_install; then
-  die "run this again when root has installed these packages"
+! cargo=$(cmake/find_cargo.sh 2>/dev/null) || PATH=$cargo:$PATH
+options=()
+if ! (install_packages); then
+  can_install || die "run this again when root has installed these packages"
+  options+=(--packages-failed)
 fi
-stage "build of Caffe" '' build_caffe --tests
-use_the_builds_cargo
-if add_rust_tool fmt rustfmt 'rustfmt%s'; then
-  stage "cargo fmt" '' cargo fmt --check
-else
-  skip "cargo fmt" "rustfmt cannot be had for $(cargo --version)"
-fi
-if add_rust_tool clippy clippy 'rust%s-clippy'; then
-  stage "cargo clippy" '' cmake/find_cargo.sh clippy --locked --all-targets -- -D warnings
-else
-  skip "cargo clippy" "clippy cannot be had for $(cargo --version)"
-fi
-stage "cargo test" "$closing_of_cargo" cmake/find_cargo.sh test --locked
-if [ -z "$cuda" ]; then
-  skip "cuda emulated" "--no-cuda"
-elif cmake/cuda_toolkit.sh --compiler >/dev/null; then
-  stage "cuda emulated" '' tests/cuda/run.sh
-else
-  skip "cuda emulated" "nvcc cannot be had (see above)"
-fi
-stage "shellcheck" '' check_scripts
-for layer in LargeMarginInnerProductLayer BNLayer; do
-  stage "gtest $layer" "$closing_of_gtest" run_gtests "${layer}*"
-done
-stage "pytest patch" "$closing_of_pytest" run_pytest patch
-stage "pytest examples" "$closing_of_pytest" run_pytest examples
-# Apart from each other, since a LOG(FATAL) in pycaffe ends its process.
-stage "pytest e2e" "$closing_of_pytest" run_pytest e2e -n "$(nproc)"
-
-# ---- The end ----
-
-say "results, in $((SECONDS / 60)) min $((SECONDS % 60)) s; the logs are in \
-$(rel "$logs")"
-printf '%s\n' "${closings[@]}"
-for line in "${stages[@]}"; do
-  IFS='|' read -r result seconds name closing <<<"$line"
-  line=$(printf '%-8s %5d s  %-34s %s' "$result" "$seconds" "$name" "$closing")
-  printf '%s\n' "${line%"${line##*[! ]}"}"
-done
-printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
-[ "$failed" -eq 0 ]
+[ -n "$cuda" ] || options+=(--no-cuda)
+cargo=$(cargo_package) || true
+exec "$PYTHON" tests/run.py --cargo "${cargo:-cargo}" "${options[@]}"

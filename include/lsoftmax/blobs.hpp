@@ -127,6 +127,18 @@ void Fail(const caffe::Layer<Dtype>& layer, const std::string& message) {
       << "': " << message;
 }
 
+// Ends the process where a blob of the layer has lost its shape: net surgery
+// can do that, and in old Caffes a model in HDF5 of another net.
+template <typename Dtype>
+void CheckShape(const caffe::Layer<Dtype>& layer, const std::string& name,
+    const caffe::Blob<Dtype>& blob, const std::vector<int>& shape) {
+  if (blob.shape() != shape) {
+    Fail(layer, name + " of shape " + blob.shape_string() + ", not "
+        + caffe::Blob<Dtype>(shape).shape_string()
+        + ": another net's model was loaded, or the blob was reshaped");
+  }
+}
+
 }  // namespace lsoftmax
 
 #endif  // LSOFTMAX_BLOBS_HPP_

@@ -13,10 +13,7 @@
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-case ${1:-} in
-  '') ;;
-  *) bad_usage "unknown argument $1" ;;
-esac
+[ $# -eq 0 ] || bad_usage "unknown argument $1"
 
 here=$ROOT/myexamples/cifar10
 parts=$here/data.download

@@ -10,7 +10,6 @@ Which descent of lambda is the best is for --validation to say, which leaves
 the test images alone: it trains on the first five sixths of the training
 images and judges on the rest, whatever their classes.
 """
-import argparse
 import importlib.util
 import os
 import statistics
@@ -30,44 +29,26 @@ VALIDATION = {"myexamples/mnist/mnist_train_lmdb":
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--margins", type=int, nargs="+",
-                        default=[1, 2, 3, 4], metavar="M",
-                        help="default: 1 2 3 4")
-    parser.add_argument("-s", "--seeds", type=int, default=5, metavar="N",
-                        help="runs of each margin (default: 5)")
+    options = runs.parser(
+        __doc__, os.path.join(HERE, "compare_solver.prototxt"),
+        os.path.join(HERE, "comparison"), seeds=5)
     for field, value in DESCENT.items():
-        parser.add_argument("--" + field.replace("_", "-"), type=float,
-                            default=value, metavar="X",
-                            help="%s of the margin layer (default: %g)"
-                            % (field, value))
-    parser.add_argument("--validation", action="store_true",
-                        help="judge on a part of the training images")
-    parser.add_argument("--solver", metavar="SOLVER", default=os.path.join(
-        HERE, "compare_solver.prototxt"),
-        help="default: compare_solver.prototxt")
-    parser.add_argument("-o", "--output", metavar="FOLDER",
-                        default=os.path.join(HERE, "comparison"),
-                        help="default: myexamples/mnist/comparison")
-    parser.add_argument("-j", "--jobs", type=int, metavar="N",
-                        default=os.cpu_count(),
-                        help="runs at once (default: one a core)")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
-        parser.error("margins, seeds and jobs are at least 1")
-    args.margins = sorted(set(args.margins))
+        options.add_argument("--" + field.replace("_", "-"), type=float,
+                             default=value, metavar="X",
+                             help="%s of the margin layer (default: %g)"
+                             % (field, value))
+    options.add_argument("--validation", action="store_true",
+                         help="judge on a part of the training images")
+    args = runs.parse(options)
     args.descent = {field: getattr(args, field) for field in DESCENT}
     return args
 
 
-def folder(args, margin, seed):
+def folder(args, name, margin):
     """The folder of a run: its name has the options that are not usual.
 
     So runs with one descent leave those with another alone.
     """
-    name = "m%d_seed%d" % (margin, seed)
     if margin > 1:
         name += suffix(args)
     parts = [os.path.abspath(args.output), name]
@@ -202,29 +183,24 @@ def report(args, all_runs):
     print("plot: %s" % png)
 
 
+def run_all(args):
+    # Not after an hour of training.
+    for module in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(module) is None:
+            raise caffe_proto.UserError(
+                "Python has no %s: install Debian's python3-%s"
+                % (module, module))
+    pb = caffe_proto.load()
+    all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
+        pb, args.solver, folder(args, name, margin), margin, seed,
+        args.descent, VALIDATION if args.validation else None))
+    runs.train_all(all_runs, args.jobs)
+    report(args, all_runs)
+
+
 def main():
-    args = parse_args()
-    try:
-        # Not after an hour of training.
-        for module in ("matplotlib", "scipy"):
-            if importlib.util.find_spec(module) is None:
-                raise caffe_proto.UserError(
-                    "Python has no %s: install Debian's python3-%s"
-                    % (module, module))
-        pb = caffe_proto.load()
-        all_runs = [
-            runs.Run(pb, args.solver, folder(args, margin, seed), margin,
-                     seed, args.descent,
-                     VALIDATION if args.validation else None)
-            for seed in range(1, args.seeds + 1) for margin in args.margins]
-        runs.train_all(all_runs, args.jobs)
-        report(args, all_runs)
-    except caffe_proto.UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; run this again to go on")
+    with runs.errors():
+        run_all(parse_args())
 
 
 if __name__ == "__main__":

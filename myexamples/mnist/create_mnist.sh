@@ -1,28 +1,20 @@
 #!/usr/bin/env bash
-# Makes myexamples/mnist/mnist_{train,test}_lmdb with Caffe's own converter
-# from the images that get_mnist.sh gets.
-#
-# Usage: myexamples/mnist/create_mnist.sh [--fashion]
-#
 # Makes myexamples/mnist/mnist_train_lmdb and mnist_test_lmdb, which the nets
 # read, with Caffe's own converter; get_mnist.sh gets the images.
+#
+# Usage: myexamples/mnist/create_mnist.sh [--fashion]
 #
 #   --fashion   take Fashion-MNIST on purpose, as in get_mnist.sh
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-[ $# -le 1 ] || bad_usage "more than one argument"
-case ${1:-} in
-  '' | --fashion) ;;
-  *) bad_usage "unknown argument $1" ;;
-esac
+has_option --fashion "$@" || true
 options=("$@")
 
 here=$ROOT/myexamples/mnist
 convert=$(example mnist/convert_mnist_data)
 train_db=$here/mnist_train_lmdb
 test_db=$here/mnist_test_lmdb
-new=$here/lmdb.new
 
 ready() {
   if [ -e "$train_db" ] && [ -e "$test_db" ]; then
@@ -39,22 +31,5 @@ ready
 one_at_a_time "$here/.lock"
 ready
 
-make_lmdb() {  # DB PREFIX
-  local log
-  if [ -e "$1" ]; then
-    cmp -s "$1/dataset.txt" "$here/data/dataset.txt" ||
-      die "$(rel "$1") is not made from $(rel "$here/data"): move it away"
-    return
-  fi
-  rm -rf "$new"
-  log=$(GLOG_logtostderr=1 "$convert" "$here/data/$2-images-idx3-ubyte" \
-    "$here/data/$2-labels-idx1-ubyte" "$new" 2>&1) || {
-    make_dir "$here"
-    die "the conversion to $(rel "$1") failed: $log"
-  }
-  cp "$here/data/dataset.txt" "$new" || die "cannot write to $(rel "$new")"
-  mv -T -- "$new" "$1"
-  say "made $(rel "$1")"
-}
-make_lmdb "$train_db" train
-make_lmdb "$test_db" t10k
+make_lmdb "$train_db" "$here/data" "$here/data/train"
+make_lmdb "$test_db" "$here/data" "$here/data/t10k"

@@ -15,12 +15,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 wanted=MNIST
-[ $# -le 1 ] || bad_usage "more than one argument"
-case ${1:-} in
-  '') ;;
-  --fashion) wanted=Fashion-MNIST ;;
-  *) bad_usage "unknown argument $1" ;;
-esac
+! has_option --fashion "$@" || wanted=Fashion-MNIST
 
 here=$ROOT/myexamples/mnist
 data=$here/data

@@ -7,7 +7,6 @@ class weights as rays. Several seeds are trained; the picture shows the first,
 and a Markdown table the test accuracy of all, beside the paper's.
 train_2d.sh gets what it needs.
 """
-import argparse
 import io
 import os
 import statistics
@@ -26,32 +25,16 @@ import caffe_proto  # noqa: E402
 import runs  # noqa: E402
 from features import load_pycaffe  # noqa: E402
 
-MARGINS = [1, 2, 3, 4]
 SOLVER = os.path.join(HERE, "mnist_2d_solver.prototxt")
 # Test accuracy in percent, from figure 2 of the paper.
 PAPER = {1: 98.45, 2: 98.96, 3: 99.22, 4: 99.34}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--solver", default=SOLVER, metavar="SOLVER",
-                        help="default: mnist_2d_solver.prototxt")
-    parser.add_argument("-o", "--output", metavar="FOLDER",
-                        default=os.path.join(HERE, "runs"),
-                        help="default: myexamples/mnist_2d/runs")
-    parser.add_argument("-t", "--title", help="above the panels (default: "
-                        "names the images)")
-    parser.add_argument("-s", "--seeds", type=int, default=3, metavar="N",
-                        help="runs of each margin (default: 3)")
-    parser.add_argument("-j", "--jobs", type=int, metavar="N",
-                        default=os.cpu_count(),
-                        help="nets trained at once (default: one a core)")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1:
-        parser.error("seeds and jobs are at least 1")
-    return args
+    options = runs.parser(__doc__, SOLVER, os.path.join(HERE, "runs"), seeds=3)
+    options.add_argument("-t", "--title", help="above the panels (default: "
+                         "names the images)")
+    return runs.parse(options)
 
 
 class Features:
@@ -151,17 +134,17 @@ def save(figure, png):
         128, dither=Image.NONE).save(png, optimize=True)
 
 
-def print_table(all_runs, seeds, paper):
+def print_table(all_runs, margins, paper):
     """The accuracy of each margin over the seeds."""
     print("| m | test accuracy, mean (%%) | standard deviation | runs |%s"
           % (" the paper's |" if paper else ""))
     print("|---|---|---|---|%s" % ("---|" if paper else ""))
-    for margin in MARGINS:
+    for margin in margins:
         found = [100 * run.accuracy() for run in all_runs
                  if run.margin == margin]
         print("| %d | %.2f | %s | %s |%s" % (
             margin, statistics.mean(found),
-            "%.2f" % statistics.stdev(found) if seeds > 1 else "-",
+            "%.2f" % statistics.stdev(found) if len(found) > 1 else "-",
             " ".join("%.2f" % value for value in found),
             " %.2f |" % paper[margin] if paper else ""))
 
@@ -169,11 +152,10 @@ def print_table(all_runs, seeds, paper):
 def run_all(args):
     pb = caffe_proto.load()
     output = os.path.abspath(args.output)
-    all_runs = [runs.Run(pb, args.solver, os.path.join(
-        output, "m%d_seed%d" % (margin, seed)), margin, seed)
-        for seed in range(1, args.seeds + 1) for margin in MARGINS]
+    all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
+        pb, args.solver, os.path.join(output, name), margin, seed))
     runs.train_all(all_runs, args.jobs)
-    first = all_runs[:len(MARGINS)]
+    first = all_runs[:len(args.margins)]
     images = first[0].dataset() or "images of your own"
     paper = PAPER if images == "MNIST" else {}
     caffe = load_pycaffe()
@@ -194,19 +176,13 @@ def run_all(args):
     for run in first:
         print("m = %d: test accuracy %.4f, model %s" % (
             run.margin, run.accuracy(), run.model))
-    print_table(all_runs, args.seeds, paper)
+    print_table(all_runs, args.margins, paper)
     print("plot (of seed 1): %s" % png)
 
 
 def main():
-    try:
+    with runs.errors():
         run_all(parse_args())
-    except caffe_proto.UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; run this again to go on")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ standard deviation over the seeds, as Markdown tables, and draws the ROC
 curves. Stopped and run again, it goes on with the runs that are missing.
 train_verification.sh gets what it needs.
 """
-import argparse
 import os
 import statistics
 import sys
@@ -34,31 +33,13 @@ PAIRS = {"never trained on": (5, 9), "trained on": (0, 4)}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--margins", type=int, nargs="+",
-                        default=[1, 2, 3, 4], metavar="M",
-                        help="default: 1 2 3 4")
-    parser.add_argument("-s", "--seeds", type=int, default=3, metavar="N",
-                        help="runs of each margin (default: 3)")
-    parser.add_argument("--solver", metavar="SOLVER", default=os.path.join(
-        HERE, "verification_solver.prototxt"),
-        help="default: verification_solver.prototxt")
-    parser.add_argument("--images", metavar="PREFIX", default=os.path.join(
+    options = runs.parser(
+        __doc__, os.path.join(HERE, "verification_solver.prototxt"),
+        os.path.join(HERE, "runs"), seeds=3)
+    options.add_argument("--images", metavar="PREFIX", default=os.path.join(
         HERE, "..", "mnist", "data", "t10k"), help="the test images: "
         "PREFIX-images-idx3-ubyte and -labels- (default: MNIST's)")
-    parser.add_argument("-o", "--output", metavar="FOLDER",
-                        default=os.path.join(HERE, "runs"),
-                        help="default: myexamples/mnist_verification/runs")
-    parser.add_argument("-j", "--jobs", type=int, metavar="N",
-                        default=os.cpu_count(),
-                        help="nets trained at once (default: one a core)")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
-        parser.error("margins, seeds and jobs are at least 1")
-    args.margins = sorted(set(args.margins))
-    return args
+    return runs.parse(options)
 
 
 def all_pairs(rows, labels):
@@ -127,11 +108,8 @@ def run_all(args):
     pairs = {what: split_digits.read(args.images, *digits)
              for what, digits in PAIRS.items()}
     output = os.path.abspath(args.output)
-    all_runs = [runs.Run(pb, args.solver,
-                         os.path.join(output, "m%d_seed%d" % (margin, seed)),
-                         margin, seed)
-                for seed in range(1, args.seeds + 1)
-                for margin in args.margins]
+    all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
+        pb, args.solver, os.path.join(output, name), margin, seed))
     runs.train_all(all_runs, args.jobs)
     rates = verify.false_rates(1e-4)
     found = judge(pb, features.load_pycaffe(), all_runs, pairs, rates)
@@ -158,14 +136,8 @@ def run_all(args):
 
 
 def main():
-    try:
+    with runs.errors():
         run_all(parse_args())
-    except caffe_proto.UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write: %s" % error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; run this again to go on")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 #!/usr/bin/python3
-"""Takes the images of some classes out of files in MNIST's format.
+"""Takes a part of the images out of files in MNIST's format.
 
-    split_digits.py FROM TO 0-4
+    split_digits.py FROM TO PART
 
 writes TO-images-idx3-ubyte and TO-labels-idx1-ubyte with those images of
-FROM-images-idx3-ubyte and FROM-labels-idx1-ubyte whose label is in the range.
+FROM-images-idx3-ubyte and FROM-labels-idx1-ubyte that PART names: 0-4 is those
+with a label from 0 to 4; validation is the last sixth, whatever the labels,
+and fit the others.
 """
 import argparse
 import os
@@ -49,18 +51,32 @@ def write_idx(path, array):
         file.write(array.tobytes())
 
 
-def read(prefix, first, last):
-    """(images, labels) with the labels first to last."""
+def read_all(prefix):
+    """(images, labels), one label an image."""
     images = read_idx(prefix + "-images-idx3-ubyte", 3)
     labels = read_idx(prefix + "-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise UserError("%s: %d images and %d labels"
                         % (prefix, len(images), len(labels)))
+    return images, labels
+
+
+def read(prefix, first, last):
+    """(images, labels) with the labels first to last."""
+    images, labels = read_all(prefix)
     chosen = (labels >= first) & (labels <= last)
     if not chosen.any():
         raise UserError("%s has no image with a label from %d to %d"
                         % (prefix, first, last))
     return images[chosen], labels[chosen]
+
+
+def read_part(prefix, part):
+    """(images, labels) of the part "fit" or "validation"."""
+    images, labels = read_all(prefix)
+    fit = len(labels) - len(labels) // 6
+    part = slice(fit) if part == "fit" else slice(fit, None)
+    return images[part], labels[part]
 
 
 def main():
@@ -69,13 +85,17 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="FROM")
     parser.add_argument("target", metavar="TO")
-    parser.add_argument("classes", metavar="FIRST-LAST")
+    parser.add_argument("part", metavar="PART")
     args = parser.parse_args()
-    match = re.fullmatch(r"(\d+)-(\d+)", args.classes)
-    if not match:
-        parser.error("%s is no range like 0-4" % args.classes)
+    classes = re.fullmatch(r"(\d+)-(\d+)", args.part)
+    if not classes and args.part not in ("fit", "validation"):
+        parser.error("%s is no range like 0-4, nor fit or validation"
+                     % args.part)
     try:
-        images, labels = read(args.source, *map(int, match.groups()))
+        if classes:
+            images, labels = read(args.source, *map(int, classes.groups()))
+        else:
+            images, labels = read_part(args.source, args.part)
         write_idx(args.target + "-images-idx3-ubyte", images)
         write_idx(args.target + "-labels-idx1-ubyte", labels)
     except UserError as error:

@@ -8,8 +8,8 @@
 pub(crate) use bridge::*;
 
 use super::{
-    bn_backward, bn_forward, bn_reshape, constant_channel, margin_backward, margin_forward,
-    margin_reshape, new_batch_norm, new_large_margin, version,
+    bn_backward, bn_forward, bn_reshape, constant_channel, diagnose, margin_backward,
+    margin_forward, margin_reshape, new_batch_norm, new_large_margin, version,
 };
 #[cfg(feature = "cuda")]
 use super::{bn_backward_gpu, bn_forward_gpu, finish, margin_backward_gpu, margin_forward_gpu};
@@ -69,6 +69,15 @@ mod bridge {
         weights: &'a [u8],
         features_diff: &'a mut [u8],
         weights_diff: &'a mut [u8],
+    }
+
+    /// A forward pass that is over, on the host; large_margin::diagnosis::Pass.
+    struct MarginDiagnosis<'a> {
+        dtype: ElementType,
+        features: &'a [u8],
+        labels: &'a [u8],
+        weights: &'a [u8],
+        logits: &'a [u8],
     }
 
     /// What a BN layer's bottom makes of it.
@@ -195,6 +204,12 @@ mod bridge {
         /// Goes on from a count of all forward passes, or from the start that
         /// the parameter names where that is higher.
         fn resume(self: &mut LargeMarginInnerProduct, passes: i64);
+        /// Takes the value of LSOFTMAX_LOG_EVERY.
+        fn log_every(self: &mut LargeMarginInnerProduct, value: &str) -> Result<()>;
+        /// Whether the last forward pass is one to diagnose.
+        fn diagnosis_is_due(self: &LargeMarginInnerProduct) -> bool;
+        /// The line for the log.
+        fn diagnose(layer: &LargeMarginInnerProduct, pass: MarginDiagnosis<'_>) -> Result<String>;
         #[cxx_name = "forward"]
         fn margin_forward(
             layer: &mut LargeMarginInnerProduct,

@@ -173,6 +173,13 @@ fn margin_backward(
     }))
 }
 
+fn diagnose(layer: &LargeMarginInnerProduct, pass: ffi::MarginDiagnosis<'_>) -> Result<String> {
+    with_dtype!(pass.dtype, T => Ok(layer.diagnose::<T>(large_margin::diagnosis::Pass {
+        features: values(pass.features)?, labels: values(pass.labels)?,
+        weights: values(pass.weights)?, logits: values(pass.logits)?,
+    })?.to_string()))
+}
+
 #[cfg(feature = "cuda")]
 unsafe fn margin_forward_gpu(
     layer: &mut LargeMarginInnerProduct,

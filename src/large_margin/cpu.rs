@@ -1,14 +1,14 @@
 //! Forward and backward on host memory.
 //!
 //! Passes over memory beyond InnerProduct's own: forward reads X once and
-//! each class weight row that occurs once; backward adds a multiple of its own
-//! x to each row of dX, and a multiple of its own w to each row of dW that
-//! occurs. Samples are visited class by class, in batch order within a class:
-//! the row w_y and its norm serve all samples of a class, and gradients of
-//! repeated labels add up in a fixed order.
+//! each class weight row that occurs once; backward reads X once more, to begin
+//! each row of dX as a multiple of its own x, and adds a multiple of its own w
+//! to each row of dW that occurs. Samples are visited class by class, in batch
+//! order within a class: the row w_y and its norm serve all samples of a class,
+//! and gradients of repeated labels add up in a fixed order.
 
 use super::correction::Correction;
-use super::row::{Factor, add_scaled, norm};
+use super::row::{Factor, add_scaled, norm, set_scaled};
 use super::{LargeMarginInnerProduct, Sizes};
 use crate::blas::{Gemm, Op};
 use crate::dtype::Dtype;
@@ -203,9 +203,11 @@ impl LargeMarginInnerProduct {
         }
         if let Some(dx) = features_diff {
             let w = (Op::Plain, weights);
-            gemm.gemm([m, k, n], (Op::Plain, folded.diff), w, zero, dx);
-            if let Some(plain) = plain_diff {
-                gemm.gemm([m, k, n], (Op::Plain, plain), w, one, dx);
+            // The multiples of x first, which the product then adds to: BLAS
+            // would else fill dx with zeros, and dx be read once more.
+            let beta = if targets.is_empty() { zero } else { one };
+            if (1..m).contains(&targets.len()) {
+                dx.fill(zero);
             }
             for (target, g) in targets {
                 let factor = Factor {
@@ -214,7 +216,11 @@ impl LargeMarginInnerProduct {
                     denominator: target.correction.x,
                 };
                 let row = target.sample_row(k);
-                add_scaled(&mut dx[row.clone()], factor, &features[row]);
+                set_scaled(&mut dx[row.clone()], factor, &features[row]);
+            }
+            gemm.gemm([m, k, n], (Op::Plain, folded.diff), w, beta, dx);
+            if let Some(plain) = plain_diff {
+                gemm.gemm([m, k, n], (Op::Plain, plain), w, one, dx);
             }
         }
         Ok(())

@@ -52,17 +52,22 @@ impl Margin {
         self.m
     }
 
+    /// k at the cosine `c`: the segment `[k pi/m, (k+1) pi/m]` of its angle.
+    pub fn segment(&self, c: f64) -> usize {
+        self.borders.partition_point(|&border| c <= border)
+    }
+
     /// `(psi(c), psi'(c))` at the cosine `c` in [-1, 1]; the derivative is by
     /// c, not by theta.
     pub fn at(&self, c: f64) -> (f64, f64) {
-        let k = self.borders.partition_point(|&border| c <= border);
+        let k = self.segment(c);
         let (mut t_prev, mut t) = (1.0, c);
         let (mut u_prev, mut u) = (0.0, 1.0);
         for _ in 1..self.m {
             (t_prev, t) = (t, 2.0 * c * t - t_prev);
             (u_prev, u) = (u, 2.0 * c * u - u_prev);
         }
-        let sign = if k % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = if k.is_multiple_of(2) { 1.0 } else { -1.0 };
         (sign * t - 2.0 * k as f64, sign * f64::from(self.m) * u)
     }
 }

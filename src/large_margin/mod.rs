@@ -2,7 +2,8 @@
 //!
 //! This module holds what CPU and GPU share: the checked parameters, the
 //! shapes and the lambda descent, and the coefficients of one sample. The
-//! data flows through [`cpu`], or, in GPU mode, `gpu`.
+//! data flows through [`cpu`], or, in GPU mode, `gpu`. What a pass tells of the
+//! training is for [`diagnosis`].
 //!
 //! With features x_i, class weights w_j and label y the logits are
 //! `f_ij = <w_j, x_i>`, but for the target logit, `j = y`, which becomes
@@ -19,6 +20,7 @@
 
 mod correction;
 pub mod cpu;
+pub mod diagnosis;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod margin;
@@ -57,6 +59,8 @@ pub struct LargeMarginInnerProduct {
     first_pass: i64,
     passes: i64,
     lambda: f64,
+    /// Forward passes from one diagnosis to the next; 0: there is none.
+    log_every: i64,
     sizes: Option<Sizes>,
     last: Last,
     batch: cpu::Batch,
@@ -101,6 +105,7 @@ impl LargeMarginInnerProduct {
             axis: param.axis(),
             first_pass: passes,
             passes,
+            log_every: 0,
             sizes: None,
             last: Last::None,
             batch: cpu::Batch::default(),

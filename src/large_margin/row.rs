@@ -31,6 +31,20 @@ pub fn norm<T: Dtype>(x: &[T]) -> f64 {
     largest * squares.sum::<f64>().sqrt()
 }
 
+/// The inner product of two rows in f64.
+///
+/// # Panics
+/// The two differ in length.
+pub fn dot<T: Dtype>(x: &[T], w: &[T]) -> f64 {
+    assert_eq!(x.len(), w.len());
+    with_avx2!(dot_body<T>(x: &[T], w: &[T]) -> f64)
+}
+
+#[inline(always)]
+fn dot_body<T: Dtype>(x: &[T], w: &[T]) -> f64 {
+    lane_sum(x, w, |x, w| x.into() * w.into())
+}
+
 /// The sum of squares of `x` in f64.
 fn sum_squares<T: Dtype>(x: &[T]) -> f64 {
     with_avx2!(sum_squares_body<T>(x: &[T]) -> f64)
@@ -57,6 +71,27 @@ pub struct Factor {
     pub denominator: f64,
 }
 
+impl Factor {
+    /// The factor as one number, where that is of ordinary size.
+    fn product<T: Dtype>(self) -> Option<T> {
+        let ratio = self.numerator / self.denominator;
+        let product = T::from_f64(self.value * ratio);
+        (ratio.is_normal() && product.is_normal()).then_some(product)
+    }
+
+    /// Its product with an element of the row where that number is not: of
+    /// denormal features, say. v / denominator is of ordinary size still, and
+    /// in this order only what the product itself would overflow by does.
+    fn times<T: Dtype>(self, v: T) -> T {
+        let v: f64 = v.into();
+        // 0 stays 0 where value or numerator have overflowed.
+        if v == 0.0 {
+            return T::default();
+        }
+        T::from_f64(v / self.denominator * self.value * self.numerator)
+    }
+}
+
 /// `y += factor v`, element by element, for a `v` whose norm is the factor's
 /// denominator.
 ///
@@ -64,27 +99,30 @@ pub struct Factor {
 /// The two differ in length.
 pub fn add_scaled<T: Dtype>(y: &mut [T], factor: Factor, v: &[T]) {
     assert_eq!(y.len(), v.len());
-    let Factor {
-        value,
-        numerator,
-        denominator,
-    } = factor;
-    if value == 0.0 {
+    if factor.value == 0.0 {
         return;
     }
-    let ratio = numerator / denominator;
-    let product = T::from_f64(value * ratio);
-    if ratio.is_normal() && product.is_normal() {
-        return add_product(y, product, v);
+    match factor.product() {
+        Some(product) => add_product(y, product, v),
+        None => y
+            .iter_mut()
+            .zip(v)
+            .for_each(|(y, &v)| *y += factor.times(v)),
     }
-    // Of denormal features, say: v / denominator is of ordinary size still, and
-    // in this order only what the sum itself would overflow by does.
-    for (y, &v) in y.iter_mut().zip(v) {
-        let v: f64 = v.into();
-        // 0 stays 0 where value or numerator have overflowed.
-        if v != 0.0 {
-            *y += T::from_f64(v / denominator * value * numerator);
-        }
+}
+
+/// `y = factor v`; otherwise [`add_scaled`].
+///
+/// # Panics
+/// The two differ in length.
+pub fn set_scaled<T: Dtype>(y: &mut [T], factor: Factor, v: &[T]) {
+    assert_eq!(y.len(), v.len());
+    if factor.value == 0.0 {
+        return y.fill(T::default());
+    }
+    match factor.product() {
+        Some(product) => set_product(y, product, v),
+        None => y.iter_mut().zip(v).for_each(|(y, &v)| *y = factor.times(v)),
     }
 }
 
@@ -96,6 +134,17 @@ fn add_product<T: Dtype>(y: &mut [T], factor: T, v: &[T]) {
 fn add_product_body<T: Dtype>(y: &mut [T], factor: T, v: &[T]) {
     for (y, &v) in y.iter_mut().zip(v) {
         *y += factor * v;
+    }
+}
+
+fn set_product<T: Dtype>(y: &mut [T], factor: T, v: &[T]) {
+    with_avx2!(set_product_body<T>(y: &mut [T], factor: T, v: &[T]))
+}
+
+#[inline(always)]
+fn set_product_body<T: Dtype>(y: &mut [T], factor: T, v: &[T]) {
+    for (y, &v) in y.iter_mut().zip(v) {
+        *y = factor * v;
     }
 }
 
@@ -147,6 +196,8 @@ mod tests {
             let want: Vec<f32> = (0..n).map(|i| y[i] + -0.5 * v[i]).collect();
             add_scaled(&mut y, minus_half, &v);
             assert_eq!(y, want);
+            set_scaled(&mut y, minus_half, &v);
+            assert!(y.iter().zip(&v).all(|(y, v)| *y == -0.5 * v));
         }
     }
 
@@ -161,6 +212,8 @@ mod tests {
             };
             add_scaled(&mut y, factor, &[norm, 0.0]);
             assert!((y[0] - 7.0).abs() < 1e-6 && y[1] == 2.0, "{norm}: {y:?}");
+            set_scaled(&mut y, factor, &[norm, 0.0]);
+            assert!((y[0] - 6.0).abs() < 1e-6 && y[1] == 0.0, "{norm}: {y:?}");
         }
         for norm in [1e-320, 5e-324, 1e308, f64::MAX] {
             let mut y = [1f64, 2.0];
@@ -187,5 +240,7 @@ mod tests {
         assert_eq!(y, [1.0, 2.0]);
         add_scaled(&mut y, factor(1e-300), &[5e-324, 0.0]);
         assert_eq!(y, [2.0, 2.0]);
+        set_scaled(&mut y, factor(0.0), &[5e-324, f64::INFINITY]);
+        assert_eq!(y, [0.0, 0.0]);
     }
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -16,6 +17,7 @@
 #include "caffe/layers/inner_product_layer.hpp"
 #include "caffe/layers/large_margin_inner_product_layer.hpp"
 #include "caffe/sgd_solvers.hpp"
+#include "caffe/util/format.hpp"
 
 #include "caffe/test/test_caffe_main.hpp"
 #include "caffe/test/test_gradient_check_util.hpp"
@@ -904,6 +906,8 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestBackwardNeedsForward) {
 
 #ifndef CPU_ONLY
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestModesDoNotMix) {
+  int devices = 0;  // of which a build with CUDA may have none
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || !devices) { return; }
   ::testing::FLAGS_gtest_death_test_style = "threadsafe";
   const Caffe::Brew mode = Caffe::mode();
   this->FillBottom(this->Shape(6, 5), 6);
@@ -917,7 +921,17 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestModesDoNotMix) {
 }
 #endif  // CPU_ONLY
 
-// A blob that no longer has the layer's shape makes the Rust side panic: a
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestWeightsOfAnotherShape) {
+  ::testing::FLAGS_gtest_death_test_style = "threadsafe";
+  this->FillBottom(this->Shape(6, 5), 6);
+  shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
+      this->SetUpLayer();
+  layer->blobs()[0]->Reshape(this->Shape(1, 1));
+  EXPECT_DEATH(layer->Forward(this->bottom_, this->top_),
+      "layer 'lm': class weights of shape 1 1 .1., not 4 5 .20.: another");
+}
+
+// A top that no longer has the layer's shape makes the Rust side panic: a
 // defect, but one that must end as errors of Caffe do.
 TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
   if (Caffe::mode() != Caffe::CPU) { return; }
@@ -925,9 +939,123 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestPanicIsFatalAndNamesTheLayer) {
   this->FillBottom(this->Shape(6, 5), 6);
   shared_ptr<LargeMarginInnerProductLayer<typename TypeParam::Dtype> > layer =
       this->SetUpLayer();
-  layer->blobs()[0]->Reshape(this->Shape(1, 1));
-  EXPECT_DEATH(layer->Forward(this->bottom_, this->top_),
+  layer->Forward(this->bottom_, this->top_);
+  this->logits_->Reshape(this->Shape(1, 1));
+  EXPECT_DEATH(layer->Backward(this->top_, this->PropagateDown(true),
+      this->bottom_),
       "LargeMarginInnerProduct layer 'lm': internal error, please report it");
+}
+
+// Sets a variable of the environment while it lives, and keeps what is logged.
+class Logged {
+ public:
+  Logged(const char* name, const char* value) : name_(name),
+      to_stderr_(FLAGS_logtostderr), level_(FLAGS_minloglevel) {
+    FLAGS_logtostderr = true;
+    FLAGS_minloglevel = 0;
+    setenv(name, value, 1);
+    ::testing::internal::CaptureStderr();
+  }
+  ~Logged() { Lines(""); }
+  // The lines with some text, from behind it on.
+  vector<string> Lines(const string& text) {
+    if (name_) {
+      unsetenv(name_);
+      name_ = NULL;
+      FLAGS_logtostderr = to_stderr_;
+      FLAGS_minloglevel = level_;
+      all_ = ::testing::internal::GetCapturedStderr();
+    }
+    vector<string> found;
+    for (size_t at = 0; !text.empty(); ++at) {
+      at = all_.find(text, at);
+      if (at == string::npos) { break; }
+      at += text.size();
+      found.push_back(all_.substr(at, all_.find('\n', at) - at));
+    }
+    return found;
+  }
+
+ private:
+  const char* name_;
+  bool to_stderr_;
+  int level_;
+  string all_;
+};
+
+static const char kLogEvery[] = "LSOFTMAX_LOG_EVERY";
+static const char kDiagnosis[] = "] LargeMarginInnerProduct layer 'lm': pass ";
+
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestLogEvery) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->SetMarginAndLambda(2, 5);
+  Logged log(kLogEvery, "3");
+  // Of each segment two angles beside its ends and the middle, and the ends.
+  shared_ptr<Layer<Dtype> > layer = this->SetUpOnAllSegments(2);
+  for (int i = 0; i < 7; ++i) {
+    layer->Forward(this->bottom_, this->top_);
+    layer->Backward(this->top_, this->PropagateDown(true), this->bottom_);
+  }
+  const vector<string> lines = log.Lines(kDiagnosis);
+  ASSERT_EQ(3, lines.size());
+  for (int i = 0; i < 3; ++i) {
+    const string head = format_int(1 + 3 * i) + ", lambda = 5, samples = 8, "
+        "ignored = 0, zero = 0, not_finite = 0, angle_mean = ";
+    ASSERT_EQ(head, lines[i].substr(0, head.size()));
+    EXPECT_NEAR(90, atof(lines[i].c_str() + head.size()), 0.1);
+    const string norm = "feature_norm = ";
+    ASSERT_NE(string::npos, lines[i].find(norm));
+    EXPECT_NEAR(4, atof(lines[i].c_str() + lines[i].find(norm)
+        + norm.size()), 1e-3);
+    EXPECT_NE(string::npos, lines[i].find(", segments = 0.5 0.5, "));
+  }
+}
+
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestLogEveryChangesNothing) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->SetMarginAndLambda(4, 1);
+  this->FillBottom(this->Shape(9, 5), 9);
+  Blob<Dtype> diff(this->Shape(9, 4)), logits, by_features, by_weights;
+  this->FillGaussian(diff.count(), diff.mutable_cpu_data());
+  Blob<Dtype> weights(this->Shape(4, 5));
+  this->FillGaussian(weights.count(), weights.mutable_cpu_data());
+  for (int logs = 0; logs < 2; ++logs) {
+    Logged log(kLogEvery, logs ? "1" : "0");
+    shared_ptr<Layer<Dtype> > layer = this->SetUpLayer();
+    layer->blobs()[0]->CopyFrom(weights);
+    caffe_set(20, Dtype(0), layer->blobs()[0]->mutable_cpu_diff());
+    layer->Forward(this->bottom_, this->top_);
+    memcpy(this->logits_->mutable_cpu_diff(), diff.cpu_data(),
+        diff.count() * sizeof(Dtype));
+    layer->Backward(this->top_, this->PropagateDown(true), this->bottom_);
+    EXPECT_EQ(logs, log.Lines(kDiagnosis).size());
+    if (!logs) {
+      logits.CopyFrom(*this->logits_, false, true);
+      by_features.CopyFrom(*this->features_, true, true);
+      by_weights.CopyFrom(*layer->blobs()[0], true, true);
+      continue;
+    }
+    this->ExpectSameBits(36, logits.cpu_data(), this->logits_->cpu_data(),
+        "logits");
+    this->ExpectSameBits(45, by_features.cpu_diff(),
+        this->features_->cpu_diff(), "by features");
+    this->ExpectSameBits(20, by_weights.cpu_diff(),
+        layer->blobs()[0]->cpu_diff(), "by weights");
+  }
+}
+
+TYPED_TEST(LargeMarginInnerProductLayerTest, TestOnlyTrainingIsLogged) {
+  typedef typename TypeParam::Dtype Dtype;
+  this->FillBottom(this->Shape(6, 5), 6);
+  Logged log(kLogEvery, "1");
+  this->param_.set_phase(TEST);
+  this->SetUpLayer()->Forward(this->bottom_, this->top_);
+  this->param_.set_phase(TRAIN);
+  vector<Blob<Dtype>*> features(1, this->bottom_[0]);
+  LargeMarginInnerProductLayer<Dtype> deployed(this->param_);
+  deployed.SetUp(features, this->top_);
+  deployed.Forward(features, this->top_);
+  EXPECT_EQ(0, log.Lines(kDiagnosis).size());
 }
 
 // The angle to a zero vector is undefined: such a sample has no margin.

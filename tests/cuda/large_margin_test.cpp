@@ -1,6 +1,7 @@
 // LargeMarginInnerProduct's GPU path, from the bridge to the kernels, against
 // its CPU path.
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <thread>
@@ -525,6 +526,50 @@ void BadLabels() {
   CheckSays(ErrorOf([&] { layer.Gpu(); }), {"sample ", "label 5 "});
 }
 
+// The line for the log is that of the CPU's pass, and no pass asks the driver
+// for more because of it.
+template <typename Dtype>
+void Diagnoses() {
+  Problem<Dtype> p(150, 9, 7, 3, 2);
+  p.labels[3] = Dtype(kIgnoreLabel);
+  std::fill_n(p.Row(&p.x, 5), 9, Dtype(0));
+  p.x[9 * 8] = Dtype(kNan);
+  Layer<Dtype> cpu(p), gpu(p);
+  const auto diagnose = [&p](const Layer<Dtype>& layer,
+      const Outcome<Dtype>& out) {
+    if (!layer.rust_->diagnosis_is_due()) { return std::string("none"); }
+    lsoftmax::MarginDiagnosis pass{};
+    pass.dtype = TypeOf<Dtype>();
+    pass.features = View(p.x);
+    pass.labels = View(p.labels);
+    pass.weights = View(p.w);
+    pass.logits = View(out.logits);
+    return std::string(lsoftmax::diagnose(*layer.rust_, pass));
+  };
+  cpu.rust_->log_every("2");
+  gpu.rust_->log_every("2");
+  for (int pass = 1; pass < 5; ++pass) {
+    const std::string line = diagnose(cpu, cpu.Cpu());
+    Outcome<Dtype> out = gpu.Prepare({});
+    const std::string calls = CallsOf([&] { gpu.GpuForward({}, &out); });
+    Check(pass == 1 || calls == "cuMemcpyDtoDAsync_v2 cuLaunchKernel ",
+        "a forward pass that is diagnosed calls " + calls);
+    Synchronize();
+    const std::string of_gpu = diagnose(gpu, out);
+    Check(of_gpu == line, p.name + ": '" + of_gpu + "' and not " + line);
+    CheckSays(line, pass % 2 == 0 ? std::vector<std::string>{"none"}
+        : std::vector<std::string>{"pass " + std::to_string(pass)
+            + ", lambda = 2, samples = 147, ignored = 1, zero = 1, "
+            "not_finite = 1, angle_mean = "});
+    if (pass == 3) {
+      // At hand at once: the device has been waited for.
+      p.labels[7] = Dtype(7);
+      CheckSays(ErrorOf([&] { diagnose(gpu, out); }), {"sample 7: label 7"});
+      p.labels[7] = Dtype(0);
+    }
+  }
+}
+
 // A class whose first sample in a batch has no angle: the others need the norm
 // of its weights all the same.
 template <typename Dtype>
@@ -691,6 +736,7 @@ void RunAll() {
   LeftOut<Dtype>();
   Passes<Dtype>();
   BadLabels<Dtype>();
+  Diagnoses<Dtype>();
   MixedModes<Dtype>();
 }
 

@@ -21,7 +21,7 @@ CAFFE_ROOT = os.path.abspath(
 
 _made = shutil.ignore_patterns(
     "data", "data.*", "*_lmdb", "lmdb.new", "quick_snapshot", "comparison",
-    "runs", "__pycache__", ".lock")
+    "runs", "tutorial", "__pycache__", ".lock")
 
 
 def _not_in_a_clone(folder, names):
@@ -103,6 +103,16 @@ def small_disk(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     return {"preexec_fn": limit, "restore_signals": False}
+
+
+@pytest.fixture
+def tensorboardx(monkeypatch):
+    """The package that tests/run.sh gets, or the system's."""
+    folder = os.path.join(ROOT, "build", "tensorboardX")
+    if os.path.isdir(folder):
+        monkeypatch.setenv("PYTHONPATH", folder)
+        monkeypatch.syspath_prepend(folder)
+    pytest.importorskip("tensorboardX")
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ def test_from_nothing_and_again(tree, caffe_root):
         db = tree.path("mnist_verification/train_lmdb")
         assert (db / "dataset.txt").read_text() == "MNIST\n"
         assert 100 * 784 < (db / "data.mdb").stat().st_size < 200 * 784
-        assert not tree.path("mnist_verification/data.new").exists()
+        assert not tree.path("mnist_verification/lmdb.new").exists()
 
         # One run undone: only that one trains again, to the same result.
         tree.path("mnist_verification/runs/m3_seed2/done").unlink()
@@ -91,5 +91,5 @@ def test_from_nothing_and_again(tree, caffe_root):
         tree.path("mnist/data/dataset.txt").write_text("Fashion-MNIST\n")
         other = tree.run(script, *args, env=env)
         assert other.returncode == 1
-        assert "train_lmdb is not made from myexamples/mnist/data: move it " \
-            "away" in other.stdout
+        assert "train_lmdb is not made from the images of myexamples/mnist/" \
+            "data: move it away" in other.stdout

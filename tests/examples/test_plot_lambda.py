@@ -218,10 +218,13 @@ def test_the_plot_goes_beside_the_solver(solver, tmp_path):
     assert ignored.returncode in (0, 128)  # 128: not a clone
 
 
+# The notebook's own are what a run of it has left.
 @pytest.mark.parametrize("path", sorted(
+    path for path in
     glob.glob(os.path.join(ROOT, "myexamples", "*", "*solver.prototxt"))
     + glob.glob(os.path.join(ROOT, "myexamples", "*", "model",
-                             "*solver.prototxt"))),
+                             "*solver.prototxt"))
+    if "/tutorial/" not in path),
     ids=lambda path: os.path.relpath(path, os.path.join(ROOT, "myexamples")))
 def test_reads_the_examples(tmp_path, caffe_root, path):
     png = tmp_path / "lambda.png"
@@ -252,6 +255,16 @@ POLICIES = [
     # Caffe takes them in their order, one an iteration.
     ('"multistep" gamma: 0.1 stepvalue: 4000 stepvalue: 3000 stepvalue: 4000',
      lambda i: 0.1 * 0.1 ** ((i >= 4000) + (i >= 4001) + (i >= 4002))),
+    # What a policy does not use may be anything.
+    ('"fixed" gamma: -1 power: nan stepsize: -7 stepvalue: -7',
+     lambda i: 0.1),
+    ('"step" gamma: 0 stepsize: 9999', lambda i: 0.1 if i < 9999 else 0),
+    ('"poly" power: -2 gamma: -1', lambda i: 0.1 * (1 - i / 10000) ** -2),
+    ('"poly" power: -1e30', lambda i: 0.1 if i == 0 else math.inf),
+    ('"inv" gamma: 3e38 power: 3e38', lambda i: 0.1 if i == 0 else 0),
+    ('"multistep" gamma: 0.1 stepvalue: -5 stepvalue: 2147483647',
+     lambda i: 0.01),
+    ('"sigmoid" gamma: 3e38 stepsize: 2147483647', lambda i: 0),
 ]
 
 
@@ -313,6 +326,7 @@ solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
     ours = [caffe_proto.learning_rate(param, i) for i in range(20)]
     assert ours == pytest.approx(rates, rel=1e-5, abs=1e-38)
 
+
 @pytest.mark.parametrize("param, extra, message", [
     ("no_such: 1", "", 'a net.prototxt:4:52 : Message type "caffe.'),
     ("gamma: -1", "", "layer lm: largemargin_inner_product_param.gamma is -1"),
@@ -356,6 +370,278 @@ def test_suggestion_of_nonsense(solver, final):
     done = plot_lambda(solver(GOOD), "--suggest=" + final)
     assert done.returncode != 0
     assert "--suggest %s" % final in done.stdout
+
+
+# ---- Epochs ----
+
+DATA = """
+layer { name: "data" type: "%s" top: "data" top: "label"
+  %s { source: "%s" batch_size: 20 %s } include { phase: TRAIN } }
+layer { name: "data" type: "ImageData" top: "data" top: "label"
+  image_data_param { source: "none.txt" batch_size: 1 }
+  include { phase: TEST } }
+"""
+
+
+def image_list(folder, count):
+    """The list of that many images, with an empty line at its end."""
+    names = []
+    for i in range(count):
+        names.append("%d.png" % i)
+        Image.new("L", (4, 4), i).save(str(folder / names[-1]))
+    path = folder / "list.txt"
+    path.write_text("".join("%s %d\n" % (name, i % 2)
+                            for i, name in enumerate(names)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["list", "lmdb"])
+def test_epochs(solver, tmp_path, caffe_root, kind):
+    images = tmp_path / "some images"
+    images.mkdir()
+    source = image_list(images, 50)
+    layer = ("ImageData", "image_data_param", source, "")
+    if kind == "lmdb":
+        database = tmp_path / "a database"
+        subprocess.run(
+            [os.path.join(caffe_root, "build/tools/convert_imageset"),
+             "--gray", "%s/" % images, source, database], check=True,
+            stderr=subprocess.DEVNULL)
+        layer = ("Data", "data_param", database, "backend: LMDB")
+        before = sorted(database.iterdir())
+    # An iteration is 3 x 20 of 50 images.
+    done = plot_lambda(solver(GOOD, "iter_size: 3", net=DATA % layer
+                              + NET.replace("%s", GOOD)))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith(
+        "data: %s, 50 samples, 60 an iteration: an epoch is 0.8333 iterations"
+        % layer[2])
+    first = re.search(r"10 % from iteration (\d+) on \((\S+) epochs\)",
+                      done.stdout)
+    assert float(first[2]) == pytest.approx(int(first[1]) * 1.2, rel=0.005)
+    if kind == "lmdb":
+        # Nothing was written beside the data.
+        assert sorted(database.iterdir()) == before
+
+
+@pytest.mark.parametrize("layer, why", [
+    (("ImageData", "image_data_param", "none.txt", ""),
+     "none.txt is not there"),
+    (("Data", "data_param", "a folder", "backend: LMDB"), "a folder: "),
+    (("Data", "data_param", "a folder", ""),
+     "a LevelDB does not tell its size"),
+    (("ImageData", "image_data_param", "empty.txt", ""),
+     "empty.txt has 0 samples"),
+])
+def test_no_epochs(solver, tmp_path, layer, why):
+    (tmp_path / "a folder").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    path = solver(GOOD, net=DATA % layer + NET.replace("%s", GOOD))
+    done = plot_lambda(path, cwd=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert "data: no epochs, as %s" % why in done.stdout
+    assert "epochs)" not in done.stdout
+    assert sorted((tmp_path / "a folder").iterdir()) == []
+
+
+# ---- Several ----
+
+def comparison(text):
+    """The table of --compare: for each row its name, and cells by column."""
+    lines = text[text.index("\ncompared: "):].splitlines()
+    rows = [re.split(r"  +", line.strip()) for line in lines[3:-1]]
+    return {row[-1]: dict(zip(rows[0], row)) for row in rows[1:]}
+
+
+def test_compare(solver, tmp_path):
+    path = solver(GOOD)
+    text = path.read_text()
+    other_net = tmp_path / "other.prototxt"
+    other_net.write_text(NET % FAST)
+    other = tmp_path / "other_solver.prototxt"
+    other.write_text(text.replace("a net.prototxt", "other.prototxt").replace(
+        "4000", "3000"))
+    candidate = "base=1000, gamma=0.12,power=1,lambda_min=5,margin=3"
+    done = run("plot_lambda.py", path, "--compare", other, candidate,
+               cwd=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    rows = comparison(done.stdout)
+    assert list(rows) == [str(path), str(other), candidate]
+    assert rows[str(path)] == {
+        "m": "4", "base": "1000", "gamma": "0.0001", "power": "12",
+        "lambda_min": "0", "at the first drop": "17.6 (4000)",
+        "at the end": "0.244 (10000)", "10 %": "4807", "50 %": "7782",
+        "90 %": "never", "of": str(path)}
+    assert rows[str(other)]["at the first drop"] == "0.0335 (3000)"
+    assert rows[candidate]["m"] == "3"
+    assert rows[candidate]["at the end"] == "5 (10000)"
+    assert rows[candidate]["50 %"] == "never"
+    assert "note: %s: lambda_min keeps lambda at 5" % candidate in done.stdout
+    png = tmp_path / "solver_compare_lambda.png"
+    assert done.stdout.endswith("plot: %s\n" % png)
+    assert Image.open(str(png)).size == (800, 450)
+
+
+def test_a_candidate_is_drawn_over_the_net(solver, pb):
+    import plot_lambda as tool
+    first = tool.read(pb, str(solver(GOOD + " lambda_min: 2 iteration: 7")))
+    # What is not named stays; the net itself, too.
+    made, = tool.others(pb, first, ["gamma=0.01"])
+    param = made.param
+    assert (param.base, param.gamma, param.power, param.lambda_min,
+            param.iteration, made.m) == (1000, pytest.approx(0.01), 12, 2, 7,
+                                         4)
+    assert first[0].param.gamma == pytest.approx(0.0001)
+    axis, rate = tool.draw(first + [made], "title").axes
+    curves = [line for line in axis.get_lines()
+              if line.get_label().startswith("lambda of")]
+    for line, descent in zip(curves, first + [made]):
+        x, y = line.get_data()
+        assert [descent.at(i) for i in x[::500]] == list(y[::500])
+    assert len(curves) == 2 and len(rate.get_lines()) == 1
+    # Where the margin has 10 % of the weight; 50 % never comes.
+    dots = [line.get_xdata()[0] for line in axis.get_lines()
+            if line.get_marker() == "o"]
+    assert dots == [first[0].first_below(9), made.first_below(9)]
+    assert str(dots[0]) in [text.get_text() for text in axis.texts]
+
+
+@pytest.mark.parametrize("other, says", [
+    ("none.prototxt", "cannot read none.prototxt"),
+    ("bas=3", '--compare bas=3: "bas" is none of margin, base, gamma, power'),
+    ("base=x", '--compare base=x: base is "x": a number is wanted'),
+    ("base=1,base=2", "--compare base=1,base=2: base is there twice"),
+    ("gamma=-1", "--compare gamma=-1: layer lm: largemargin_inner_product_"
+     "param.gamma is -1"),
+    ("margin=0", "largemargin_inner_product_param.margin is 0"),
+    ("margin=-1", "--compare margin=-1: "),
+    ("margin=2.5", '--compare margin=2.5: margin is "2.5"'),
+])
+def test_mistakes_in_what_is_compared(solver, pb, other, says):
+    import plot_lambda as tool
+    first = tool.read(pb, str(solver(GOOD)))
+    with pytest.raises(tool.UserError, match=re.escape(says)):
+        tool.others(pb, first, ["base=1", other])
+
+
+# ---- What the authors used ----
+
+SPHEREFACE = ("margin: 4 base: 1000 gamma: 0.12 power: 1 lambda_min: 5 "
+              "iteration: 0")
+
+
+def test_spherefaces_schedule(solver):
+    """lambda is at its minimum long before the first drop, on purpose."""
+    text = '''net: "%s" base_lr: 0.1 lr_policy: "multistep" gamma: 0.1
+stepvalue: 16000 stepvalue: 24000 stepvalue: 28000 max_iter: 28000 %s'''
+    done = plot_lambda(solver(SPHEREFACE, text=text))
+    assert done.returncode == 0, done.stdout
+    assert "warning: " not in done.stdout
+    assert ("lambda at the drops of the learning rate: 5 (iteration 16000), 5 "
+            "(iteration 24000)\n") in done.stdout
+    assert "lambda_min keeps lambda at 5 from iteration 1658 on" in done.stdout
+    # Without lambda_min, it would end low before the first drop: no harm.
+    done = plot_lambda(solver(SPHEREFACE.replace("lambda_min: 5", ""),
+                              text=text))
+    assert "warning: " not in done.stdout
+
+
+def test_the_readme_promises_what_the_tool_warns_of():
+    """Its section names the two warnings, with the tool's numbers."""
+    import plot_lambda as tool
+    with open(os.path.join(ROOT, "README.md")) as file:
+        text = file.read()
+    section = re.search(r"(?ms)^## lambda\n(.*?)^## ", text)[1]
+    section = " ".join(section.split())
+    assert "warns of two things" in section
+    assert "Lambda still above %g at the end" % tool.HALF in section
+    assert "Lambda at %g or less within %d iterations" % (
+        tool.HALF, tool.EARLY) in section
+    assert "before the first drop of the learning rate, it does no harm" \
+        in section
+
+
+@pytest.mark.parametrize("max_iter, drop", [(3000, 1800), (30000, 5000),
+                                            (28000, 16000), (400000, 200000),
+                                            (20000000, 8000000), (300, 200)])
+@pytest.mark.parametrize("final", [0.01, 0.5, 5, 20])
+def test_suggestions_keep_to_what_was_used(solver, pb, max_iter, drop, final):
+    import plot_lambda as tool
+    text = ('net: "%%s" base_lr: 0.1 lr_policy: "multistep" gamma: 0.1 '
+            'stepvalue: %d max_iter: %d %%s' % (drop, max_iter))
+    descent, = tool.read(pb, str(solver(
+        "type: DOUBLE base: 100000", text=text)))
+    made = descent.changed("suggested", **tool.suggest(descent, final))
+    param = made.param
+    assert param.base == 1000
+    assert 1e-5 * (1 - 1e-6) <= param.gamma <= 0.12 * (1 + 1e-6)
+    assert 1 <= param.power <= 45
+    assert made.end() == pytest.approx(final, rel=0.01)
+    # In no more than 20 million iterations power 1 is slow enough.
+    assert (param.lambda_min > 0) == (max_iter == 20000000 and final > 4.9)
+    if not param.lambda_min and final < 15:
+        # No other of them is nearer to 15 at the drop.
+        wanted = math.log(15)
+        here = abs(math.log(made.at(drop)) - wanted)
+        for power in np.linspace(1, 45, 200):
+            gamma = ((1000 / final) ** (1 / power) - 1) / max_iter
+            if 1e-5 <= gamma <= 0.12:
+                there = 1000 * (1 + gamma * drop) ** -power
+                assert abs(math.log(there) - wanted) > here - 0.05
+
+
+def test_a_suggestion_that_nothing_reaches(solver):
+    text = SOLVER.replace("10000", "2")
+    done = plot_lambda(solver(GOOD, text=text), "--suggest", "0.001")
+    assert done.returncode == 1
+    assert ("--suggest 0.001: 2 iterations are too few for it: with gamma "
+            "0.12 and power 45") in done.stdout
+
+
+def test_suggestion_tells_lambda_at_the_drops_and_a_minimum(solver):
+    done = plot_lambda(solver(GOOD), "--suggest", "1.5")
+    assert done.returncode == 0, done.stdout
+    drops = re.findall(r"^lambda at the drops of the learning rate: (\S+) "
+                       r"\(iteration 4000\), (\S+) \(iteration 8000\)$",
+                       done.stdout, re.M)
+    # Of the net, the suggestion, and the net's own with a minimum.
+    assert drops == [("17.6", "0.864"), ("15", "2.72"), ("17.6", "1.5")]
+    own = done.stdout[done.stdout.index("or the net's own"):]
+    assert own.startswith("or the net's own base, gamma and power, with a "
+                          "lambda_min: lambda is 1.5 from iteration 7191 on\n"
+                          "    base: 1000\n    gamma: 0.0001\n    power: 12\n"
+                          "    lambda_min: 1.5\n")
+    assert 1000 * 1.7191 ** -12 > 1.5 > 1000 * 1.7193 ** -12
+
+
+@pytest.mark.parametrize("param, why", [
+    ("margin: 2 base: 1000", "lambda is still 1e+03 at the end"),
+    ("margin: 2 base: 3 gamma: 0.1", "lambda begins at 2.73"),
+])
+def test_no_minimum_where_it_makes_no_descent(solver, pb, capsys, param, why):
+    import plot_lambda as tool
+    descent, = tool.read(pb, str(solver(param)))
+    assert len(tool.print_suggestions(descent, 5)) == 1
+    assert ("with the net's own base, gamma and power a lambda_min of 5 makes "
+            "no descent to it: %s\n" % why) in capsys.readouterr().out
+
+
+def test_recipes(pb):
+    """The table is what the tool computes from the prototxts."""
+    import plot_lambda as tool
+    with open(os.path.join(ROOT, "myexamples", "RECIPES.md")) as file:
+        lines = [line.strip("| \n").split(" | ") for line in file
+                 if line.startswith("|")]
+    assert lines[0] == ["solver", "data"] + tool.CELLS
+    for row in lines[2:]:
+        name, path = re.fullmatch(r"\[(.*)\]\((.*)\)", row[0]).groups()
+        assert path == name + ".prototxt"
+        descent, = tool.read(pb, os.path.join(ROOT, "myexamples", path))
+        assert row[2:] == descent.cells(), name
+    named = {row[0].split("/")[0].lstrip("[") for row in lines[2:]}
+    assert {"mnist", "cifar10", "cifar10+", "faces"} <= named
+    sphereface, = [row for row in lines[2:] if "SphereFace" in row[1]]
+    assert sphereface[2:7] == ["4", "1000", "0.12", "1", "5"]
 
 
 def test_psi_is_continuous_and_falls():

@@ -100,6 +100,15 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
         re.search(r"(?m)\] accuracy = (\S+)$", tested)[1])
 
 
+def test_quick_warns_of_a_training_that_goes_wrong(mnist):
+    mnist.replace("mnist/quick_solver.prototxt", base_lr=1e6, average_loss=1)
+    done = quick(mnist)
+    warnings = [line for line in done.stdout.splitlines()
+                if line.startswith("warning: iteration ")]
+    assert len(warnings) >= 1, done.stdout
+    assert "base_lr" in warnings[0]
+
+
 def wait_for(condition, process, seconds=120):
     """Waits until condition() is true, while the process runs."""
     end = time.monotonic() + seconds
@@ -260,7 +269,7 @@ def test_comparison(mnist):
 
 @pytest.mark.parametrize("args, message", [
     (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
-    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["--seeds", "0"], "margins, seeds and jobs are at least 1"),
     (["--solver", "none.prototxt"], "cannot read none.prototxt"),
 ])
 def test_comparison_of_nonsense(tree, args, message):
@@ -340,7 +349,7 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
     assert re.findall(r"mnist/mnist_\w+", net) == [
         "mnist/mnist_fit_lmdb", "mnist/mnist_validation_lmdb"]
     assert not (here / "comparison/m2_seed1").exists()
-    assert not (here / "validation.new").exists()
+    assert not (here / "lmdb.new").exists()
 
     # Parts of different images are not put beside each other.
     shutil.rmtree(here / "mnist_validation_lmdb")

@@ -1,9 +1,14 @@
-"""What watch_training.py and plot_training.py make of a log of Caffe."""
+"""What watch_training.py, plot_training.py and caffe_log.py make of a log of
+Caffe."""
+import csv
+import glob
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -11,7 +16,8 @@ from PIL import Image
 from conftest import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "myexamples"))
-from caffe_log import History, duration, is_diverged  # noqa: E402
+from caffe_log import (  # noqa: E402
+    Head, History, duration, is_diverged, read_rows)
 
 LOG = os.path.join(os.path.dirname(__file__), "train.log")
 
@@ -21,18 +27,42 @@ def read_log():
         return file.read().splitlines(True)
 
 
-def watch(lines):
+MARGIN = (
+    "I1123 21:04:07.123456  1234 large_margin_inner_product_layer.cpp:210] "
+    "LargeMarginInnerProduct layer '%s': pass %d, lambda = %g, samples = 100, "
+    "ignored = 0, zero = 0, not_finite = 0, angle_mean = %g, angle_p95 = 80.5,"
+    " feature_norm = 12.5, weight_norm = 1.5, holds = 0.25, segments = "
+    "0.6 0.3 0.1 0, angle_deciles = 1 2 3 4 5 6 7 8 9 9 10\n")
+
+
+def read_margin_log(*layers):
+    """The log with what those layers say before each display."""
+    lines, passes = [], iter((1, 101, 201))
+    for line in read_log():
+        if "] Iteration" in line and "loss =" in line:
+            count = next(passes)
+            lines += [MARGIN % (layer, count, 900 / count, 60 - 10 * i)
+                      for i, layer in enumerate(layers)]
+        lines.append(line)
+    return lines
+
+
+def watch(lines, *args, env=None):
     return subprocess.run(
-        [os.path.join(ROOT, "myexamples/watch_training.py")],
-        input="".join(lines), universal_newlines=True, timeout=60,
+        [os.path.join(ROOT, "myexamples/watch_training.py"), *map(str, args)],
+        input="".join(lines), universal_newlines=True, timeout=60, env=env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def plot(*args):
+def run(script, *args, env=None):
     return subprocess.run(
-        [os.path.join(ROOT, "myexamples/plot_training.py"), *map(str, args)],
+        [os.path.join(ROOT, "myexamples", script), *map(str, args)], env=env,
         universal_newlines=True, timeout=60, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT)
+
+
+def plot(*args, env=None):
+    return run("plot_training.py", *args, env=env)
 
 
 def test_curves():
@@ -164,3 +194,325 @@ def test_plot_that_cannot_be_written(tmp_path):
     done = plot(LOG, "-o", tmp_path / "no" / "plot.png")
     assert done.returncode == 1
     assert done.stdout.startswith("error: cannot write")
+
+
+# ---- The lines of the margin layers ----
+
+def test_a_display_has_what_the_layers_said_before_it():
+    rows = History(read_margin_log("ip2", "a, 'b'")).train
+    assert [row.margins["ip2"]["pass"] for row in rows] == [1, 101, 201]
+    assert list(rows[0].margins) == ["ip2", "a, 'b'"]
+    assert rows[0].margins["a, 'b'"]["angle_mean"] == 50
+    assert rows[0].margins["ip2"]["segments"] == [0.6, 0.3, 0.1, 0]
+    assert rows[0].values["loss"] == 2.51 and rows[0].values["lr"] == 0.05
+    assert rows[0].losses == {"loss": (2.5, 1)}
+
+
+def test_a_layers_line_that_is_cut_short_is_none():
+    for cut in (30, 100, 200, 320, len(MARGIN) - 20):
+        lines = [line[:cut] + "\n" if "Margin" in line else line
+                 for line in read_margin_log("ip2")]
+        rows = History(lines).train
+        assert [row.margins for row in rows] == [{}, {}, {}], cut
+        assert [row.values["loss"] for row in rows] == [2.51, .71, .3]
+
+
+def test_lines_of_a_killed_training_are_not_of_the_next():
+    killed = MARGIN % ("old", 300, 1, 30)
+    rows = History([killed] + read_log()).train
+    assert rows[0].margins == {}
+
+
+def test_lambda_of_a_net_without_that_top():
+    lines = [line for line in read_margin_log("ip2")
+             if "output #0: lambda" not in line]
+    history = History(lines)
+    assert history.curve("train", "lambda") == ([], [])
+    assert history.descent()[0] == [0, 100, 200]
+    assert history.descent()[1][0] == 900
+    rows = [line.split() for line in watch(lines).stdout.splitlines()]
+    assert rows[1][:3] == ["0/200", "2.51", "900"]
+
+
+def test_watch_shows_the_angles_as_columns():
+    done = watch(read_margin_log("ip2"))
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == [
+        "iteration", "loss", "lambda", "test", "loss", "test", "acc", "angle",
+        "95", "%", "norm", "x", "norm", "w", "holds", "segments,", "%",
+        "left"]
+    assert lines[1].split() == [
+        "0/200", "2.51", "995", "2.34", "0.1034", "60.0", "80.5", "12.5",
+        "1.5", "0.250", "60", "30", "10", "0"]
+    # Under its head.
+    assert lines[1].index("60 30 10 0") == lines[0].index("segments, %")
+    assert lines[1].index("80.5") + 4 == lines[0].index("95 %") + 4
+
+
+def test_watch_adds_the_columns_when_they_come():
+    plain, rest = read_log()[:13], read_margin_log("ip2")[14:]
+    lines = watch(plain + rest).stdout.splitlines()
+    heads = [i for i, line in enumerate(lines) if "iteration" in line]
+    assert heads == [0, 2]
+    assert "angle" not in lines[0] and "angle" in lines[2]
+
+
+def test_watch_shows_each_head_of_a_net():
+    lines = watch(read_margin_log("ip2", "other")).stdout.splitlines()
+    assert lines[2].split()[:3] == ["other", "900", "50.0"]
+
+
+def test_plot_has_panels_of_what_is_in_the_log():
+    from plot_training import draw
+    def labels(lines):
+        figure = draw(History(lines), "a title")
+        return [axis.get_ylabel() for axis in figure.axes], [
+            [line.get_label() for line in axis.lines] for axis in figure.axes]
+    assert labels(read_log())[0] == ["loss", "test accuracy", "lambda"]
+    names, curves = labels(read_margin_log("ip2"))
+    assert names == ["loss", "test accuracy", "lambda", "angle (degrees)",
+                     "norm", "margin holds", "samples in segment"]
+    assert curves[3] == ["95th percentile", "mean"]
+    assert curves[6] == ["k = 0", "k = 1", "k = 2", "k = 3"]
+    names, curves = labels(read_margin_log("ip2", "b"))
+    assert curves[5] == ["ip2 margin holds", "b margin holds"]
+
+
+# ---- The head ----
+
+def test_head_of_the_log():
+    head = Head()
+    list(read_rows("""\
+I1123 21:04:05.1  1 solver.cpp:45] Initializing solver from parameters:
+base_lr: 0.05
+max_iter: 200
+train_state {
+  level: 3
+}
+snapshot_prefix: "a folder/x"
+I1123 21:04:05.1  1 net.cpp:53] Initializing net from parameters:
+name: "a net"
+layer {
+  name: "bn"
+  type: "BN"
+}
+layer {
+  name: "ip2"
+  type: "LargeMarginInnerProduct"
+  bottom: "bn"
+  bottom: "label"
+  top: "ip2"
+  param {
+    name: "shared"
+  }
+  largemargin_inner_product_param {
+    num_output: 10
+    weight_filler {
+      type: "msra"
+    }
+    base: 1000
+  }
+}
+I1123 21:04:05.1  1 net.cpp:53] Initializing net from parameters:
+layer {
+  name: "of the test net"
+  type: "LargeMarginInnerProduct"
+}
+max_iter: 3
+""".splitlines(True), head.take))
+    assert head.max_iter == 200
+    assert head.solver["snapshot_prefix"] == "a folder/x"
+    assert "level" not in head.solver
+    layer, = head.margins()
+    assert (layer.name, layer.bottoms, layer.tops) == (
+        "ip2", ["bn", "label"], ["ip2"])
+    assert layer.fields == {"num_output": "10", "base": "1000"}
+    assert head.normalises()
+
+
+@pytest.mark.parametrize("stamp, expected", [
+    ("I20261125 08:45:13.274479", (2026, 11, 25, 8, 45, 13)),
+    ("I1123 21:04:07.123456", (None, 11, 23, 21, 4, 7))])
+def test_a_row_knows_when_it_was_logged(stamp, expected):
+    row, = read_rows([stamp + "  1 solver.cpp:1] Iteration 5, loss = 2\n"])
+    at = time.localtime(row.time)
+    assert tuple(at[1:6]) == expected[1:]
+    assert row.time < time.time() + 86400
+    if expected[0]:
+        assert at.tm_year == expected[0]
+
+
+# ---- CSV ----
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("".join(read_margin_log("ip2")))
+    table = tmp_path / "a table.csv"
+    done = run("caffe_log.py", log, "--csv", table)
+    assert done.returncode == 0, done.stdout
+    rows = read_csv(table)
+    assert done.stdout == "made %s: 3 rows of %d columns\n" % (
+        table, len(rows[0]))
+    assert [row["iteration"] for row in rows] == ["0", "100", "200"]
+    assert [row["train/loss"] for row in rows] == ["2.51", "0.71", "0.3"]
+    assert [row["train/lr"] for row in rows] == ["0.05", "0.005", ""]
+    assert [row["test/accuracy"] for row in rows] == [
+        "0.1034", "0.8012", "0.9034"]
+    assert rows[1]["margin/ip2/angle_mean"] == "60"
+    assert rows[1]["margin/ip2/segment_1"] == "0.3"
+    assert rows[1]["margin/ip2/angle_decile_10"] == "10"
+    groups = [name.split("/")[0] for name in rows[0]]
+    assert list(dict.fromkeys(groups)) == [
+        "iteration", "train", "test", "margin"]
+    # Again, with a log that has grown.
+    assert run("caffe_log.py", log, "--csv", table).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a table.csv", "train.log"]
+
+
+def test_csv_of_two_test_nets(tmp_path):
+    lines = read_log()
+    second = [line.replace("(#0)", "(#1)").replace("0.8012", "0.7")
+              for line in lines[13:16]]
+    log = tmp_path / "train.log"
+    log.write_text("".join(lines[:16] + second + lines[16:]))
+    run("caffe_log.py", log, "--csv", tmp_path / "t.csv")
+    rows = read_csv(tmp_path / "t.csv")
+    assert rows[1]["test/accuracy"] == "0.8012"
+    assert rows[1]["test1/accuracy"] == "0.7" and rows[0]["test1/loss"] == ""
+
+
+def test_csv_to_a_pipe():
+    done = run("caffe_log.py", LOG, "--csv", "/dev/stdout")
+    assert done.stdout.startswith("iteration,train/loss")
+
+
+def test_csv_that_cannot_be(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("".join(read_log()))
+    for args, words in (
+            ((tmp_path / "none.log", "--csv", "x"), "cannot read"),
+            ((log, "--csv", log), "is the log itself"),
+            ((log, "--csv", tmp_path), "cannot write"),
+            ((log, "--csv", tmp_path / "no/t.csv"), "cannot write"),
+            (("/dev/null", "--csv", tmp_path / "t.csv"), "is no log of")):
+        done = run("caffe_log.py", *args)
+        assert done.returncode == 1 and words in done.stdout, done.stdout
+        assert len(done.stdout.splitlines()) == 1
+    assert log.read_text() == "".join(read_log())
+    assert [p.name for p in tmp_path.iterdir()] == ["train.log"]
+
+
+# ---- TensorBoard ----
+
+def read_events(folder):
+    """All events of a folder, by TensorFlow's framing of records: a length of
+    8 bytes, 4 bytes of checksum, the event, 4 of checksum."""
+    from tensorboardX.proto import event_pb2
+    found = []
+    for path in sorted(glob.glob(os.path.join(str(folder), "events*"))):
+        with open(path, "rb") as file:
+            data = file.read()
+        while data:
+            length, = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event()
+            event.ParseFromString(data[12:12 + length])
+            found.append(event)
+            data = data[16 + length:]
+    return found
+
+
+def values(events):
+    """{tag: {step: value}} of the scalars, and the same of histograms."""
+    scalars, histograms = {}, {}
+    for event in events:
+        for value in event.summary.value:
+            kind = scalars if value.HasField("simple_value") else histograms
+            kind.setdefault(value.tag, {})[event.step] = (
+                value.simple_value if kind is scalars else value.histo)
+    return scalars, histograms
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_event_files(tmp_path, tensorboardx, live):
+    log = tmp_path / "train.log"
+    log.write_text("".join(read_margin_log("ip2")))
+    folder = tmp_path / "new" / "events"
+    if live:
+        done = watch(read_margin_log("ip2"), "--tensorboard", folder)
+    else:
+        done = plot(log, "--tensorboard", folder)
+    assert done.returncode == 0, done.stdout
+    assert "event files: %s" % folder in done.stdout.splitlines()
+    events = read_events(folder)
+    scalars, histograms = values(events)
+    expected = {0: 2.51, 100: 0.71, 200: 0.3}
+    assert scalars["train/loss"] == pytest.approx(expected)
+    assert scalars["test/accuracy"] == pytest.approx(
+        {0: .1034, 100: .8012, 200: .9034})
+    assert scalars["margin/ip2/angle_mean"] == {0: 60, 100: 60, 200: 60}
+    assert scalars["margin/ip2/segment_2"] == pytest.approx(
+        {0: .1, 100: .1, 200: .1})
+    assert not [tag for tag in scalars if "decile" in tag]
+    assert list(histograms) == ["margin/ip2/angle"]
+    angles = histograms["margin/ip2/angle"][100]
+    assert (angles.min, angles.max, angles.num) == (1, 10, 100)
+    assert list(angles.bucket_limit) == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    # Two deciles are 9.
+    assert list(angles.bucket) == [10, 10, 10, 10, 10, 10, 10, 20, 10]
+    # When they were logged, not when they were written.
+    at = {event.step: event.wall_time for event in events
+          if any(v.tag == "train/loss" for v in event.summary.value)}
+    assert time.localtime(at[0])[1:6] == (11, 23, 21, 4, 7)
+    assert at[100] - at[0] == pytest.approx(11)
+
+
+def test_event_files_of_a_training_that_went_on(tmp_path, tensorboardx):
+    """TensorBoard is told to hide what is done again."""
+    for lines in (read_log(), read_log()[14:]):
+        assert watch(lines, "--tensorboard", tmp_path).returncode == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    starts = [event.step for event in read_events(tmp_path)
+              if event.session_log.status == 1]
+    assert starts == [0, 100]
+
+
+def test_event_files_of_a_loss_that_is_not_a_number(tmp_path, tensorboardx):
+    lines = [line.replace("loss = 0.71", "loss = -nan")
+             for line in read_log()]
+    done = watch(lines, "--tensorboard", tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    scalars, _ = values(read_events(tmp_path))
+    assert math.isnan(scalars["train/loss"][100])
+
+
+def test_event_files_without_the_package(tmp_path):
+    (tmp_path / "tensorboardX.py").write_text(
+        "raise ImportError(\"No module named 'tensorboardX'\")\n")
+    env = dict(os.environ, PYTHONPATH=str(tmp_path),
+               PYTHONDONTWRITEBYTECODE="1")
+    log = tmp_path / "train.log"
+    log.write_text("".join(read_log()))
+    folder = tmp_path / "events"
+    for done in (plot(log, "--tensorboard", folder, env=env),
+                 watch(read_log(), "--tensorboard", folder, env=env)):
+        assert done.returncode == 1
+        message = (done.stderr or done.stdout).splitlines()
+        assert len(message) == 1
+        assert message[0].startswith(
+            "error: --tensorboard needs the Python package tensorboardX: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "tensorboardX.py", "train.log"]
+
+
+def test_event_files_that_cannot_be_written(tmp_path, tensorboardx):
+    (tmp_path / "file").write_text("")
+    done = watch(read_log(), "--tensorboard", tmp_path / "file" / "events")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot make ")

@@ -1,20 +1,29 @@
 // What a GPU is asked beyond the gtests: do the layers compute what they
 // compute on the CPU, and how long do they take beside Caffe's own?
 //
-//   gpu_check device      names the GPU, or says what is wrong with it
-//   gpu_check parity      CPU against GPU, float and double
-//   gpu_check benchmark   a table of times, ratios and bandwidths
+//   gpu_check device                       the GPU, or what is wrong with it
+//   gpu_check parity margin|bn float|double
+//   gpu_check time margin M K N [ROUNDS]   beside InnerProduct without bias
+//   gpu_check time bn|bn_in_place N C H W [ROUNDS]
+//                                          beside BatchNorm and Scale
+//   gpu_check time cudnn N C H W [ROUNDS]  BN beside cuDNN's
+//   gpu_check profile                      some passes of each kernel
+//
+// device and time print an object of JSON. With a Caffe for the CPU alone all
+// of it runs there, for a rehearsal.
 
-#include <cuda_runtime.h>
 #include <google/protobuf/text_format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "caffe/caffe.hpp"
+#include "caffe/util/benchmark.hpp"
 
 namespace {
 
@@ -22,6 +31,12 @@ using caffe::Blob;
 using caffe::Caffe;
 using std::string;
 using std::vector;
+
+#ifdef CPU_ONLY
+const Caffe::Brew kMode = Caffe::CPU;
+#else
+const Caffe::Brew kMode = Caffe::GPU;
+#endif
 
 int failures = 0;
 
@@ -123,7 +138,7 @@ void Parity(const string& text, const vector<int>& shape, int classes,
     gpu_params[i]->CopyFrom(*cpu_params[i], true);
   }
   cpu.Run();
-  Caffe::set_mode(Caffe::GPU);
+  Caffe::set_mode(kMode);
   gpu.Run();
   Compare(what + "top", *cpu.top[0], *gpu.top[0], false);
   Compare(what + "bottom gradient", cpu.x, gpu.x, true);
@@ -143,7 +158,7 @@ vector<int> Shape(int a, int b, int c = -1, int d = -1) {
 }
 
 template <typename Dtype>
-void AllParity() {
+void MarginParity() {
   const int sizes[][3] = {{1, 1, 1}, {3, 2, 5}, {129, 33, 17}, {7, 700, 3},
       {64, 128, 1}, {300, 40, 10}};
   for (const auto& s : sizes) {
@@ -154,6 +169,10 @@ void AllParity() {
           Shape(s[0], s[1]), s[2]);
     }
   }
+}
+
+template <typename Dtype>
+void BatchNormParity() {
   const vector<int> shapes[] = {Shape(1, 3), Shape(130, 70), Shape(5, 3, 4, 2),
       Shape(8, 5, 7, 9), Shape(4, 3, 32, 32), Shape(2, 300, 3, 3)};
   const char* const layers[] = {
@@ -169,23 +188,24 @@ void AllParity() {
   }
 }
 
+template <typename Dtype>
+void ParityOf(const string& layer) {
+  if (layer == "margin") {
+    MarginParity<Dtype>();
+  } else {
+    BatchNormParity<Dtype>();
+  }
+}
+
 // ---- Benchmark ----
 
 // Milliseconds of `repeats` calls of run, by the device's clock.
 template <typename Run>
 float Milliseconds(int repeats, const Run& run) {
-  cudaEvent_t start, stop;
-  CUDA_CHECK(cudaEventCreate(&start));
-  CUDA_CHECK(cudaEventCreate(&stop));
-  CUDA_CHECK(cudaEventRecord(start, 0));
+  caffe::Timer timer;
+  timer.Start();
   for (int i = 0; i < repeats; ++i) { run(); }
-  CUDA_CHECK(cudaEventRecord(stop, 0));
-  CUDA_CHECK(cudaEventSynchronize(stop));
-  float ms;
-  CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
-  CUDA_CHECK(cudaEventDestroy(start));
-  CUDA_CHECK(cudaEventDestroy(stop));
-  return ms;
+  return timer.MicroSeconds() / 1000;
 }
 
 double Median(vector<double> values) {
@@ -193,69 +213,91 @@ double Median(vector<double> values) {
   return values[values.size() / 2];
 }
 
-struct Ratio {
+struct Times {
   double ours, theirs;  // medians, in milliseconds a call
+  double more;
   double ratio, least, most;
 };
 
-// Turns of one and the other, so that both see the same clocks. A ratio is
-// that of neighbours.
+// Turns of one and the other, so that both see the same clocks. A ratio and a
+// difference are those of neighbours.
 template <typename Ours, typename Theirs>
-Ratio Alternate(const Ours& ours, const Theirs& theirs) {
-  const int kRounds = 15;
+Times Alternate(int rounds, const Ours& ours, const Theirs& theirs) {
   const float kRoundMs = 40;
   Milliseconds(3, ours);
   Milliseconds(3, theirs);
   const float once = Milliseconds(5, theirs) / 5;
   const int repeats = std::max(3, std::min(2000,
-      static_cast<int>(kRoundMs / once)));
-  vector<double> a, b, ratios;
-  for (int i = 0; i < kRounds; ++i) {
+      static_cast<int>(kRoundMs / std::max(once, 1e-3f))));
+  vector<double> a, b, more, ratios;
+  for (int i = 0; i < rounds; ++i) {
     a.push_back(Milliseconds(repeats, ours) / repeats);
     b.push_back(Milliseconds(repeats, theirs) / repeats);
+    more.push_back(a.back() - b.back());
     ratios.push_back(a.back() / b.back());
   }
-  Ratio r;
-  r.ours = Median(a);
-  r.theirs = Median(b);
-  r.ratio = Median(ratios);
-  r.least = *std::min_element(ratios.begin(), ratios.end());
-  r.most = *std::max_element(ratios.begin(), ratios.end());
-  return r;
+  Times times;
+  times.ours = Median(a);
+  times.theirs = Median(b);
+  times.more = Median(more);
+  times.ratio = Median(ratios);
+  times.least = *std::min_element(ratios.begin(), ratios.end());
+  times.most = *std::max_element(ratios.begin(), ratios.end());
+  return times;
 }
 
-const char* Verdict(bool met) {
-  if (!met) { ++failures; }
-  return met ? "met" : "MISSED";
+// rest: more fields of the object, with a comma before them.
+void PrintTimes(const Times& times, int rounds, const string& rest) {
+  std::printf("{\"ours_ms\": %.6g, \"theirs_ms\": %.6g, \"more_ms\": %.6g, "
+      "\"ratio\": %.6g, \"ratio_min\": %.6g, \"ratio_max\": %.6g, "
+      "\"rounds\": %d%s}\n", times.ours, times.theirs, times.more,
+      times.ratio, times.least, times.most, rounds, rest.c_str());
 }
 
-void PrintRow(const string& name, const Ratio& r, const string& rest) {
-  std::printf("%-52s %9.4f %9.4f  %5.3f [%5.3f, %5.3f]  %s\n", name.c_str(),
-      r.ours, r.theirs, r.ratio, r.least, r.most, rest.c_str());
-  std::fflush(stdout);
+// Bytes of the device's memory in use.
+double UsedMemory() {
+#ifdef CPU_ONLY
+  return 0;
+#else
+  size_t free, total;
+  CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return static_cast<double>(total - free);
+#endif
 }
 
-void BenchmarkMargin(int samples, int features, int classes, double budget) {
+void TimeMargin(int samples, int features, int classes, int rounds) {
   const string n = caffe::format_int(classes);
   const string filler = " weight_filler { type: 'xavier' }";
-  Rig<float> ours(Format(kMargin, "num_output: " + n
-      + " type: QUADRUPLE base: 10" + filler), Shape(samples, features),
-      classes);
-  Rig<float> theirs("type: 'InnerProduct' phase: TRAIN inner_product_param { "
-      "bias_term: false num_output: " + n + filler + " }",
-      Shape(samples, features), 0);
-  const Ratio r = Alternate([&] { ours.Run(); }, [&] { theirs.Run(); });
-  char rest[64] = "";
-  if (budget > 0) {
-    std::snprintf(rest, sizeof(rest), "budget %.2f %s", budget,
-        Verdict(r.ratio <= budget));
-  }
-  PrintRow("margin / InnerProduct (" + caffe::format_int(samples) + ", "
-      + caffe::format_int(features) + ", " + n + ")", r, rest);
+  const string margin = Format(kMargin, "num_output: " + n
+      + " type: QUADRUPLE base: 10" + filler);
+  const string inner_product = "type: 'InnerProduct' phase: TRAIN "
+      "inner_product_param { bias_term: false num_output: " + n + filler
+      + " }";
+  const vector<int> shape = Shape(samples, features);
+  // The first run takes memory for the device, for cuBLAS and for modules.
+  { Rig<float>(inner_product, shape, 0).Run(); }
+  { Rig<float>(margin, shape, classes).Run(); }
+  const double before = UsedMemory();
+  Rig<float> theirs(inner_product, shape, 0);
+  theirs.Run();
+  const double between = UsedMemory();
+  Rig<float> ours(margin, shape, classes);
+  ours.Run();
+  const double extra = UsedMemory() - between - (between - before);
+  const Times times = Alternate(rounds, [&] { ours.Run(); },
+      [&] { theirs.Run(); });
+  char rest[64];
+  std::snprintf(rest, sizeof(rest), ", \"extra_bytes\": %.0f", extra);
+  PrintTimes(times, rounds, rest);
 }
 
 // Bytes a millisecond, read and written, of a copy on the device.
 double CopySpeed() {
+#ifdef CPU_ONLY
+  const size_t bytes = 16 << 20;
+  vector<char> from(bytes), to(bytes);
+  const auto copy = [&] { std::memcpy(&to[0], &from[0], bytes); };
+#else
   const size_t bytes = 256 << 20;
   void *from, *to;
   CUDA_CHECK(cudaMalloc(&from, bytes));
@@ -264,18 +306,15 @@ double CopySpeed() {
   const auto copy = [&] {
     CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, 0));
   };
+#endif
   Milliseconds(5, copy);
   vector<double> times;
   for (int i = 0; i < 15; ++i) { times.push_back(Milliseconds(5, copy) / 5); }
+#ifndef CPU_ONLY
   CUDA_CHECK(cudaFree(from));
   CUDA_CHECK(cudaFree(to));
+#endif
   return 2.0 * bytes / Median(times);
-}
-
-string Name(const string& what, const vector<int>& shape, bool in_place) {
-  string name = what + " (";
-  for (const int size : shape) { name += caffe::format_int(size) + ", "; }
-  return name.replace(name.size() - 2, 2, in_place ? "), in place" : ")");
 }
 
 #ifdef USE_CUDNN
@@ -326,23 +365,29 @@ class CudnnBatchNorm {
       inv_std_;
 };
 
-void BenchmarkCudnnBatchNorm(const vector<int>& shape) {
-  Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0);
-  CudnnBatchNorm theirs(shape);
-  PrintRow(Name("BN / cuDNN's", shape, false),
-      Alternate([&] { ours.Run(); }, [&] { theirs.Run(); }), "");
-}
 #endif  // USE_CUDNN
 
-void BenchmarkBatchNorm(const vector<int>& shape, bool in_place,
-    double copy_speed) {
+void TimeCudnnBatchNorm(const vector<int>& shape, int rounds) {
+#ifdef USE_CUDNN
+  Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0);
+  CudnnBatchNorm theirs(shape);
+  PrintTimes(Alternate(rounds, [&] { ours.Run(); }, [&] { theirs.Run(); }),
+      rounds, "");
+#else
+  std::fprintf(stderr, "gpu_check: Caffe is built without cuDNN\n");
+  std::exit(2);
+#endif
+}
+
+void TimeBatchNorm(const vector<int>& shape, bool in_place, int rounds) {
+  const double copy_speed = CopySpeed();
   Rig<float> ours("type: 'BN' phase: TRAIN", shape, 0, in_place);
   Rig<float> norm("type: 'BatchNorm' phase: TRAIN", shape, 0, in_place);
   const caffe::shared_ptr<caffe::Layer<float> > scale = NewLayer<float>(
       "type: 'Scale' phase: TRAIN scale_param { bias_term: true }");
   const vector<bool> down(1, true);
   scale->SetUp(norm.top, norm.top);
-  const Ratio r = Alternate([&] { ours.Run(); }, [&] {
+  const Times times = Alternate(rounds, [&] { ours.Run(); }, [&] {
     norm.layer->Forward(norm.bottom, norm.top);
     scale->Forward(norm.top, norm.top);
     scale->Backward(norm.top, down, norm.top);
@@ -351,46 +396,95 @@ void BenchmarkBatchNorm(const vector<int>& shape, bool in_place,
   // Forward reads twice and writes once, in place x_hat as well; backward
   // reads two blobs twice and writes one.
   const double passes = in_place ? 9 : 8;
-  const double speed = passes * sizeof(float) * ours.x.count() / r.ours;
+  const double speed = passes * sizeof(float) * ours.x.count() / times.ours;
   char rest[128];
   std::snprintf(rest, sizeof(rest),
-      "budget 0.33 %s; %.0f GB/s, %.0f %% of a copy, budget 70 %% %s",
-      Verdict(r.ratio <= 0.33), speed / 1e6, 100 * speed / copy_speed,
-      Verdict(speed >= 0.7 * copy_speed));
-  PrintRow(Name("BN / BatchNorm + Scale", shape, in_place), r, rest);
+      ", \"gb_per_s\": %.6g, \"copy_gb_per_s\": %.6g, "
+      "\"share_of_copy\": %.6g", speed / 1e6, copy_speed / 1e6,
+      speed / copy_speed);
+  PrintTimes(times, rounds, rest);
+}
+
+// What a profiler is to see: both layers at sizes that fill a GPU, BN with
+// segments and with columns; after passes that warm up.
+void Profile() {
+  Rig<float> margin(Format(kMargin, "num_output: 10572 type: QUADRUPLE "
+      "base: 10 weight_filler { type: 'xavier' }"), Shape(512, 512), 10572);
+  Rig<float> segments("type: 'BN' phase: TRAIN", Shape(128, 64, 56, 56), 0);
+  Rig<float> columns("type: 'BN' phase: TRAIN", Shape(4096, 512), 0);
+  for (int i = 0; i < 3; ++i) {
+    margin.Run();
+    segments.Run();
+    columns.Run();
+  }
 }
 
 void PrintDevice() {
+#ifdef CPU_ONLY
+  std::printf("{\"name\": \"the CPU\", \"capability\": \"none\", "
+      "\"cuda\": \"none\", \"cudnn\": false}\n");
+#else
   cudaDeviceProp device;
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   int driver;
   CUDA_CHECK(cudaDriverGetVersion(&driver));
-  std::printf("%s, compute capability %d.%d, driver for CUDA %d.%d\n",
+#ifdef USE_CUDNN
+  const char* const cudnn = "true";
+#else
+  const char* const cudnn = "false";
+#endif
+  std::printf("{\"name\": \"%s\", \"capability\": \"%d.%d\", "
+      "\"cuda\": \"%d.%d\", \"multiprocessors\": %d, \"cudnn\": %s}\n",
       device.name, device.major, device.minor, driver / 1000,
-      driver % 1000 / 10);
+      driver % 1000 / 10, device.multiProcessorCount, cudnn);
+#endif
 }
 
-void Benchmark() {
-  PrintDevice();
-  const double copy_speed = CopySpeed();
-  std::printf("a copy on the device: %.0f GB/s, read and written\n",
-      copy_speed / 1e6);
-  std::printf("float, forward + backward; medians of 15 alternating runs\n");
-  std::printf("%-52s %9s %9s  %s\n", "", "ours ms", "theirs ms",
-      "ratio [range]");
-  BenchmarkMargin(128, 512, 10, 0);
-  BenchmarkMargin(128, 512, 1000, 1.05);
-  BenchmarkMargin(512, 512, 10572, 1.05);
-  BenchmarkMargin(512, 512, 100000, 1.05);
-  // The second is too large for any cache.
-  for (const vector<int>& shape : {Shape(128, 64, 28, 28),
-      Shape(128, 64, 112, 112)}) {
-    BenchmarkBatchNorm(shape, false, copy_speed);
-    BenchmarkBatchNorm(shape, true, copy_speed);
-#ifdef USE_CUDNN
-    BenchmarkCudnnBatchNorm(shape);
-#endif
+int Usage() {
+  std::fprintf(stderr, "usage: gpu_check device\n"
+      "       gpu_check parity margin|bn float|double\n"
+      "       gpu_check time margin M K N [ROUNDS]\n"
+      "       gpu_check time bn|bn_in_place|cudnn N C H W [ROUNDS]\n"
+      "       gpu_check profile\n");
+  return 2;
+}
+
+int Parity(const vector<string>& words) {
+  if (words.size() != 3 || (words[1] != "margin" && words[1] != "bn")
+      || (words[2] != "float" && words[2] != "double")) {
+    return Usage();
   }
+  if (words[2] == "float") {
+    ParityOf<float>(words[1]);
+  } else {
+    ParityOf<double>(words[1]);
+  }
+  std::printf("parity: %s\n", failures ? "FAILED" : "GPU = CPU");
+  return failures ? 1 : 0;
+}
+
+int Time(const vector<string>& words) {
+  if (words.size() < 2) { return Usage(); }
+  const size_t dims = words[1] == "margin" ? 3 : 4;
+  vector<int> sizes;
+  for (size_t i = 2; i < words.size(); ++i) {
+    sizes.push_back(std::atoi(words[i].c_str()));
+    if (sizes.back() < 1) { return Usage(); }
+  }
+  if (sizes.size() == dims) { sizes.push_back(15); }
+  if (sizes.size() != dims + 1) { return Usage(); }
+  const int rounds = sizes.back();
+  const vector<int> shape(sizes.begin(), sizes.end() - 1);
+  if (words[1] == "margin") {
+    TimeMargin(shape[0], shape[1], shape[2], rounds);
+  } else if (words[1] == "cudnn") {
+    TimeCudnnBatchNorm(shape, rounds);
+  } else if (words[1] == "bn" || words[1] == "bn_in_place") {
+    TimeBatchNorm(shape, words[1] == "bn_in_place", rounds);
+  } else {
+    return Usage();
+  }
+  return 0;
 }
 
 }  // namespace
@@ -399,31 +493,30 @@ int main(int argc, char** argv) {
   FLAGS_minloglevel = google::WARNING;
   FLAGS_logtostderr = true;
   google::InitGoogleLogging(argv[0]);
-  const string what = argc == 2 ? argv[1] : "";
+  const vector<string> words(argv + 1, argv + argc);
+  if (words.empty()) { return Usage(); }
+#ifndef CPU_ONLY
   int devices = 0;
-  if (what != "device" && what != "parity" && what != "benchmark") {
-    std::fprintf(stderr, "usage: gpu_check device|parity|benchmark\n");
-    return 2;
-  }
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::fprintf(stderr, "gpu_check: no usable GPU: %s\n",
         cudaGetErrorString(cudaGetLastError()));
     return 3;
   }
-  if (what == "device") {
+#endif
+  if (words[0] == "device" && words.size() == 1) {
     PrintDevice();
     return 0;
   }
   Caffe::set_random_seed(1701);
+#ifndef CPU_ONLY
   Caffe::SetDevice(0);
-  Caffe::set_mode(Caffe::GPU);
-  if (what == "parity") {
-    AllParity<float>();
-    AllParity<double>();
-    std::printf("parity: %s\n", failures ? "FAILED" : "GPU = CPU");
-  } else {
-    Benchmark();
-    std::printf("benchmark: %d budgets missed\n", failures);
+#endif
+  Caffe::set_mode(kMode);
+  if (words[0] == "parity") { return Parity(words); }
+  if (words[0] == "time") { return Time(words); }
+  if (words[0] == "profile" && words.size() == 1) {
+    Profile();
+    return 0;
   }
-  return failures ? 1 : 0;
+  return Usage();
 }

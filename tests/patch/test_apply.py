@@ -556,6 +556,39 @@ def test_compat_names_of_opencv_in_ssd(apply, tree):
     assert snapshot(tree) == before
 
 
+@pytest.mark.parametrize("patch, name", [
+    ("python_3", "parse_log.py"),
+    ("python_3", "plot_training_log.py.example"),
+    ("glog_0_6", "extract_seconds.py"),
+    ("log_tools", "parse_log.sh"),
+    ("log_tools", "plot_training_log.py.example"),
+])
+def test_compat_tools_for_logs(apply, project, tree, patch, name):
+    """What a patch knows of a program is brought up to date, once."""
+    parts = (project / f"caffe_patch/compat/{patch}.patch").read_text().split(
+        "--- a/")[1:]
+    hunks = [hunk.splitlines()[1:] for part in parts
+             if part.startswith(f"tools/extra/{name}\n")
+             for hunk in part.split("@@ -")[1:]]
+    old, new = (["".join(line[1:] + "\n" for line in hunk
+                         if line[:1] in (sign, " ")) for hunk in hunks]
+                for sign in "-+")
+    assert old and old != new
+    path = tree / "tools/extra" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("# a line\n".join(old))
+    path.chmod(0o755)
+    before = snapshot(tree)
+    apply(tree)
+    assert path.read_text() == "# a line\n".join(new)
+    assert path.stat().st_mode & 0o111
+    apply("--revert", tree)
+    assert snapshot(tree) == before
+    path.write_text("# a line\n".join(new))
+    apply(tree)
+    assert path.read_text() == "# a line\n".join(new)
+
+
 @pytest.mark.parametrize("patch", sorted(
     path.relative_to(PROJECT).as_posix()
     for path in (PROJECT / "caffe_patch").rglob("*.patch")))

@@ -23,7 +23,7 @@ PROGRAMS = (
     "sort", "head", "tail", "mkdir", "mktemp", "rm", "mv", "cp", "cat",
     "dirname", "basename", "tee", "grep", "patch", "diff", "cmp", "find", "ls",
     "sha256sum", "tar", "timeout", "make", "chown", "chmod", "sleep", "gzip",
-    "setpriv", "readlink", "size")
+    "setpriv", "readlink", "size", "comm", "touch", "rmdir", "wc")
 
 STAND_INS = {
     # Installed are the packages that the file names; "all" is all of them.
@@ -56,6 +56,12 @@ STAND_INS = {
     "cmake": 'if [[ $1 == --version ]]; then echo "cmake version 3.25.1"; '
              'exit; fi\n'
              'echo "$*" >> "$STATE/cmake.log"\n'
+             'if [[ $1 == --install ]]; then\n'
+             '  prefix=$(sed -n "s/.*-DCMAKE_INSTALL_PREFIX=//p" '
+             '"$STATE/cmake.log" | tail -n 1)\n'
+             '  mkdir -p "$DESTDIR${prefix%% -D*}"\n'
+             '  cp -R "$STATE/installed-files/." "$DESTDIR${prefix%% -D*}"\n'
+             'fi\n'
              'if [[ -e $STATE/broken ]]; then '
              'echo "something.cpp: error: broken"; exit 2; fi',
     "nvidia-smi": "exit 9",
@@ -136,6 +142,10 @@ def tree(world):
     (["--cpu", "--cuda"], "exclude each other"),
     (["--jobs", "many"], "--jobs needs a number"),
     (["--jobs"], "--jobs needs a number"),
+    (["--install"], "--install needs a PREFIX"),
+    (["--install", "--cpu"], "--install needs a PREFIX"),
+    (["--install", "/p", "--deb"], "exclude each other"),
+    (["--deb", "--cuda"], "is made of a build with --cpu"),
 ])
 def test_usage(world, args, says):
     assert says in world.run(*args, status=None)
@@ -236,8 +246,8 @@ def test_tests_are_only_ours(world, tree):
     pycaffe_works(tree)
     world.run("--tests", "--jobs", "3", status=0)
     calls = world.cmake_calls()
-    assert ("-DBUILD_only_tests=bn_layer,large_margin_inner_product_layer"
-            in calls)
+    assert ("-DBUILD_only_tests=bn_layer,large_margin_data_parallel,"
+            "large_margin_inner_product_layer\n" in calls)
     assert "--parallel 3 --target all test.testbin" in calls
 
 
@@ -280,6 +290,10 @@ def test_a_build_that_fails(world, tree):
     ("/a/b.cpp:7:3: error: 'CV_RGB' was not declared in this scope\n"
      "/a/b.cpp:9:3: error: other\n", "'CV_RGB' was not declared", None),
     ("error[E0308]: mismatched types\n", "error[E0308]: mismatched", None),
+    ("CMake Error: no such folder\n\nother\n", "CMake Error: no such folder",
+     None),
+    ("CPack Error: No description.\nCPack Error: other\n",
+     "CPack Error: No description.", None),
 ])
 def test_a_build_that_fails_shows_the_first_error(world, tree, log, first,
                                                   package):
@@ -303,6 +317,155 @@ def test_boost_regex_where_the_tree_asks_for_it(world, tree):
     (tree / "cmake/Dependencies.cmake").write_text(
         "find_package(Boost 1.55 REQUIRED COMPONENTS system thread regex)\n")
     assert "libboost-regex-dev" in world.run("--packages", status=0)
+
+
+# ---- Installed ----
+
+@pytest.fixture
+def installs(world, tree):
+    """What the stand-in for CMake installs; a PREFIX with a blank."""
+    pycaffe_works(tree)
+    files = world.state / "installed-files"
+    for name in ("bin", "python/caffe", "lib", "empty"):
+        (files / name).mkdir(parents=True)
+    world.program(files / "bin/caffe", "echo caffe version 1.0.0")
+    (files / "lib/libcaffe.so.1").write_text("new")
+    (files / "lib/libcaffe.so").symlink_to("libcaffe.so.1")
+    shutil.copy(tree / "python/caffe/__init__.py", files / "python/caffe")
+    return files
+
+
+RECORD = "share/caffe-lsoftmax/files"
+
+
+def test_install(world, tree, installs):
+    prefix = world.folder / "my prefix"
+    out = world.run("--cpu", "--install", str(prefix), status=0)
+    where = str(prefix).replace(" ", "\\ ")
+    assert out.splitlines()[-1] == (
+        f"build_caffe.sh: installed: {prefix}/bin/caffe; for Python, export "
+        f"PYTHONPATH={where}/python")
+    assert f"-DCMAKE_INSTALL_PREFIX={prefix} " in world.cmake_calls()
+    names = ["bin/caffe", "lib/libcaffe.so", "lib/libcaffe.so.1",
+             "python/caffe/__init__.py", RECORD]
+    assert sorted(str(path.relative_to(prefix)) for path in
+                  prefix.rglob("*") if not path.is_dir()) == names
+    assert (prefix / RECORD).read_text().split("\n") == [*names, ""]
+    assert (prefix / "lib/libcaffe.so").is_symlink()
+    assert not (tree / "build/package").exists()
+
+    # Again: what is old is renewed, and what is no more goes.
+    (prefix / "lib/mine").touch()
+    (installs / "lib/libcaffe.so.1").write_text("newer")
+    (installs / "python/caffe/classify.py").touch()
+    (installs / "lib/libcaffe.so").unlink()
+    world.run("--install", str(prefix), status=0)
+    assert (prefix / "lib/libcaffe.so.1").read_text() == "newer"
+    assert (prefix / "python/caffe/classify.py").exists()
+    assert sorted(os.listdir(prefix / "lib")) == ["libcaffe.so.1", "mine"]
+    assert "lib/libcaffe.so\n" not in (prefix / RECORD).read_text()
+
+
+def test_install_over_what_is_not_ours(world, installs):
+    prefix = world.folder / "prefix"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "bin/caffe").write_text("another Caffe")
+    (prefix / "lib").mkdir()
+    (prefix / "lib/libcaffe.so").symlink_to("nowhere")
+    before = sorted(prefix.rglob("*"))
+    out = world.run("--install", str(prefix), status=1)
+    assert f"error: {prefix}/bin/caffe is there, and is not" in out
+    assert "(2 such files)" in out and "Nothing was installed" in out
+    assert sorted(prefix.rglob("*")) == before
+    assert (prefix / "bin/caffe").read_text() == "another Caffe"
+
+
+@pytest.mark.parametrize("where, says", [
+    ("file", "is a file"), ("file/below", "is a file"),
+    ("closed/below", "cannot be written to")])
+def test_install_where_it_cannot_be(world, installs, where, says):
+    """Said before the build."""
+    (world.folder / "file").touch()
+    (world.folder / "closed").mkdir(mode=0o755)
+    out = world.run("--install", str(world.folder / where), status=1,
+                    user=user_without_root())
+    assert f"error: --install {world.folder / where}: " in out and says in out
+    assert not world.cmake_calls()
+
+
+def test_install_on_a_full_disk(world, installs, disk):
+    """Leaves nothing behind, and what was there as it was."""
+    small = disk("size=1m")
+    prefix = small.path / "prefix"
+    world.run("--install", str(prefix), status=0)
+    before = snapshot(prefix)
+    (installs / "lib/libcaffe.so.1").write_bytes(b"x" * 500_000)
+    small.fill(300)
+    out = world.run("--install", str(prefix), status=1)
+    assert f"cannot write to {prefix}: its disk is full" in out
+    assert snapshot(prefix) == before
+    small.free()
+    world.run("--install", str(prefix), status=0)
+
+
+CPACK = """echo "$*" > "$STATE/cpack.log"
+find "$LSOFTMAX_STAGE" ! -type d -printf '%P\\n' | sort > "$STATE/packed"
+mkdir "$LSOFTMAX_STAGE.deb"
+touch "$LSOFTMAX_STAGE.deb/caffe-lsoftmax_0.2.0_amd64.deb"
+"""
+
+
+@pytest.fixture
+def packs(world, tree, installs):
+    """With the programs that make a package; and the licenses."""
+    world.program(world.bin / "cpack", CPACK)
+    world.program(world.bin / "dpkg-architecture", "echo a-triplet")
+    (installs / "python/classify.py").touch()
+    (tree / "LICENSE").write_text("Caffe's license\n")
+    (world.project / "LICENSE").write_text("our license\n")
+
+
+def test_deb(world, tree, packs):
+    out = world.run("--deb", status=0)
+    deb = world.project / "build/caffe-lsoftmax_0.2.0_amd64.deb"
+    assert deb.exists()
+    where = str(deb).replace(" ", "\\ ")
+    assert out.splitlines()[-1] == (
+        f"build_caffe.sh: made {where}: install it by sudo apt-get install "
+        f"{where}")
+    calls = world.cmake_calls()
+    for option in ("CMAKE_INSTALL_PREFIX=/usr", "CPU_ONLY=ON",
+                   "CMAKE_INSTALL_LIBDIR=lib/a-triplet",
+                   "CMAKE_SKIP_INSTALL_RPATH=ON"):
+        assert f"-D{option}" in calls
+    assert (world.state / "packed").read_text().split() == [
+        "usr/bin/caffe", "usr/lib/libcaffe.so", "usr/lib/libcaffe.so.1",
+        "usr/lib/python3/dist-packages/caffe/__init__.py",
+        "usr/share/caffe-lsoftmax/python/classify.py",
+        "usr/share/doc/caffe-lsoftmax/copyright"]
+    assert not list((tree / "build").glob("package*"))
+
+
+def test_deb_needs_programs(world, packs):
+    (world.state / "installed").write_text("cmake\n")
+    listed = world.run("--deb", "--packages", status=0).split()
+    assert {"dpkg-dev", "file"} <= set(listed)
+    assert "dpkg-dev" not in world.run("--packages", status=0).split()
+
+
+def test_deb_of_a_build_with_cuda(world, tree, packs):
+    (tree / "build").mkdir()
+    (tree / "build/CMakeCache.txt").write_text("CPU_ONLY:BOOL=OFF\n")
+    out = world.run("--deb", status=1)
+    assert "made of a build without CUDA" in out and "Add --cpu" in out
+    assert not world.cmake_calls()
+
+
+@pytest.mark.parametrize("args", [["--deb"], ["--install", "/nowhere/at"]])
+def test_install_of_a_tree_of_make(world, made, args):
+    before = snapshot(made)
+    out = world.run(*args, status=1, CAFFE_ROOT=str(made))
+    assert "need a build by CMake" in out and snapshot(made) == before
 
 
 # ---- What a killed build leaves ----
@@ -695,6 +858,48 @@ def test_cuda_architectures_that_nvcc_does_not_know(world, cuda):
     world.program(world.bin / "nvidia-smi", "echo 12.0")
     out = world.run("--cuda", status=1, **cuda)
     assert "knows none of this machine's GPUs" in out
+
+
+@pytest.fixture
+def nccl(world, cuda):
+    """NCCL, as NVIDIA's package for Python has it."""
+    with open(world.caffe / "CMakeLists.txt", "a") as file:
+        file.write('caffe_option(USE_NCCL "Build Caffe with NCCL" OFF)\n')
+    home = world.folder / "my nccl"
+    (home / "include").mkdir(parents=True)
+    (home / "include/nccl.h").touch()
+    (home / "lib").mkdir()
+    (home / "lib/libnccl.so.2").touch()
+    return {**cuda, "NCCL_DIR": str(home)}
+
+
+def test_nccl(world, nccl):
+    world.run("--cuda", "--nccl", status=0, **nccl)
+    calls = world.cmake_calls()
+    assert "-DUSE_NCCL=ON" in calls
+    assert f"-DNCCL_INCLUDE_DIR={nccl['NCCL_DIR']}/include" in calls
+    assert f"-DNCCL_LIBRARIES={nccl['NCCL_DIR']}/lib/libnccl.so.2" in calls
+    (world.state / "cmake.log").unlink()
+    world.run("--cuda", status=0, **nccl)
+    assert "NCCL" not in world.cmake_calls()  # CMake keeps what it was told
+
+
+def test_nccl_that_is_not_there(world, nccl):
+    nccl["NCCL_DIR"] = str(world.folder)
+    out = world.run("--cuda", "--nccl", status=1, **nccl)
+    assert f"NCCL_DIR={world.folder} has no include/nccl.h" in out
+    assert not world.cmake_calls()
+
+
+def test_nccl_needs_cuda(world, tree):
+    out = world.run("--cpu", "--nccl", status=1)
+    assert "--nccl is for a build with CUDA" in out
+
+
+def test_nccl_came_after_rc3(world, cuda):
+    out = world.run("--cuda", "--nccl", status=1, **cuda)
+    assert "knows no NCCL: BVLC Caffe has it from rc4 on" in out
+    assert not world.cmake_calls()
 
 
 # ---- Several at once ----

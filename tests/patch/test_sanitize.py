@@ -1,9 +1,11 @@
-"""What tests/robustness/sanitize.sh says of its stages, with stand-ins."""
+"""What tests/robustness/sanitize.py says of its stages, with stand-ins."""
 
 import os
 import pathlib
 import shutil
 import subprocess
+
+import pytest
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -11,28 +13,63 @@ CARGO = """#!/bin/sh
 case $* in
   --version) echo cargo 1.95.0 ;;
   *miri*) exit 1 ;;
+  test*) %s ;;
 esac
 """
 
 
-def test_a_tool_that_is_missing_is_the_reason_of_its_stage_alone(tmp_path):
-    project = tmp_path / "a project"
-    for name in ("tests/robustness", "myexamples", "cmake"):
-        shutil.copytree(PROJECT / name, project / name, symlinks=True,
-                        ignore=shutil.ignore_patterns("*_lmdb", "data*"))
-    (project / "src").mkdir()
-    shutil.copy(PROJECT / "Cargo.toml", project)
-    for name, text in {"cargo": CARGO, "rustc": "#!/bin/sh\n"}.items():
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(text)
-        program.chmod(0o755)
-    done = subprocess.run(
-        [project / "tests/robustness/sanitize.sh", "miri", "asan"],
-        env={**os.environ, "PATH": "%s:%s" % (tmp_path / "bin",
-                                              os.environ["PATH"])},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    results = done.stdout.split("==> results")[1].splitlines()[1:]
-    assert [line.split()[::3] for line in results if line[0] != " "] == [
-        ["SKIPPED", "miri"], ["passed", "asan"]], done.stdout
+@pytest.fixture
+def results(tmp_path):
+    """Runs stages with a cargo whose tests do what is given.
+
+    Returns the exit status and (result, name, words) of each row of the table.
+    """
+    def run(tests, *stages):
+        project = tmp_path / "a project"
+        for name in ("tests/robustness", "myexamples", "cmake"):
+            shutil.copytree(
+                PROJECT / name, project / name, symlinks=True,
+                ignore=shutil.ignore_patterns("*_lmdb", "data*"))
+        (project / "src").mkdir()
+        shutil.copy(PROJECT / "Cargo.toml", project)
+        shutil.copy(PROJECT / "tests/stages.py", project / "tests")
+        for name, text in {"cargo": CARGO % tests,
+                           "rustc": "#!/bin/sh\necho host: here\n"}.items():
+            program = tmp_path / "bin" / name
+            program.parent.mkdir(exist_ok=True)
+            program.write_text(text)
+            program.chmod(0o755)
+        done = subprocess.run(
+            [project / "tests/robustness/sanitize.py", *stages],
+            env={**os.environ, "PATH": "%s:%s" % (tmp_path / "bin",
+                                                  os.environ["PATH"])},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = done.stdout.split("==> results")[1].splitlines()[1:]
+        rows = [line.split(maxsplit=4) for line in lines[-len(stages) - 1:-1]]
+        return done.returncode, [(row[0], row[3], " ".join(row[4:]))
+                                 for row in rows], lines[-1]
+    return run
+
+
+def test_a_tool_that_is_missing_is_the_reason_of_its_stage_alone(results):
+    status, rows, total = results(
+        "echo 'test result: ok. 3 passed; 0 failed; 1 ignored'", "miri",
+        "asan")
+    assert status == 0
+    assert rows[0][:2] == ("SKIPPED", "miri")
+    assert "it would run: cargo miri test --lib; --test large" in rows[0][2]
+    assert rows[1] == ("passed", "asan", "3 passed, 0 failed")
+    assert total == "3 passed, 0 failed, 2 skipped"
+
+
+@pytest.mark.parametrize("tests, words, total", [
+    ("echo 'test result: FAILED. 2 passed; 1 failed; 0 ignored'; exit 101",
+     "2 passed, 1 failed", "2 passed, 1 failed, 0 skipped"),
+    ("exit 3", "0 passed, 0 failed", "0 passed, 1 failed, 0 skipped"),
+    ("true", "ran no test", "0 passed, 1 failed, 0 skipped"),
+])
+def test_stages_that_fail(results, tests, words, total):
+    """Also one that says it passed, and has run nothing."""
+    status, rows, closing = results(tests, "asan")
+    assert status == 1
+    assert rows == [("FAILED", "asan", words)] and closing == total

@@ -42,6 +42,22 @@ namespace caffe {
  *    lambda_min (\b optional, default 0). The descent of lambda.
  *  - ignore_label (\b optional). Samples of this label get no margin.
  *
+ * Where the environment has LSOFTMAX_LOG_EVERY=N, a layer with labels of the
+ * TRAIN phase logs a line (INFO) in each N-th forward pass, the first included:
+ *  - lambda, and how many samples the rest is of, were ignored (ignore_label),
+ *    are without an angle because features or weights are zero, or not finite;
+ *  - angle_mean, angle_p95 and angle_deciles. The mean, the 95th percentile and
+ *    the deciles (least and largest included) of @f$ \theta @f$ in degrees;
+ *  - segments. The shares of samples with @f$ k = 0, \dots, m - 1 @f$;
+ *  - feature_norm and weight_norm. The means of @f$ \|x_i\| @f$ over the
+ *    samples and of @f$ \|w_y\| @f$ over their classes;
+ *  - holds. The share of samples whose margin holds: with all of the margin,
+ *    whatever @f$ \lambda @f$ is, the target logit is still the greatest,
+ *    @f$ \|w_y\| \|x_i\| \psi(\theta) \ge \max_{j \ne y} f_{ij} @f$.
+ *
+ * In GPU mode, features, labels, weights and logits are copied to the host in
+ * those passes. Without the variable, or with 0, nothing is computed.
+ *
  * The one learnable blob holds the class weights @f$ w @f$, of shape
  * @f$ (N \times K) @f$: that of an InnerProduct layer without bias, with which
  * trained models interchange.
@@ -128,6 +144,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
 
   void WarnOfMarginInTest(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
+  void LogDiagnosis(const vector<Blob<Dtype>*>& bottom,
+      const vector<Blob<Dtype>*>& top) const;
   void CheckPropagateDown(const vector<bool>& propagate_down) const;
 };
 

@@ -10,6 +10,7 @@
 
 namespace caffe {
 
+using lsoftmax::CheckShape;
 using lsoftmax::Data;
 using lsoftmax::Diff;
 using lsoftmax::Fail;
@@ -150,10 +151,14 @@ void BNLayer<Dtype>::LayerSetUp(const vector<Blob<Dtype>*>& bottom,
 template <typename Dtype>
 void BNLayer<Dtype>::Reshape(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
+  vector<int> shape(2, 1);
   try {
-    state_->Reshape(bottom[0]);
+    shape[1] = state_->Reshape(bottom[0]);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
+  }
+  for (int i = 0; i < kBlobs; ++i) {
+    CheckShape(*this, kBlobNames[i], *this->blobs_[i], shape);
   }
   if (bottom[0] == top[0]) {
     // Takes memory only when it is first written.

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <sstream>
 #include <string>
@@ -12,6 +13,7 @@
 
 namespace caffe {
 
+using lsoftmax::CheckShape;
 using lsoftmax::Data;
 using lsoftmax::Diff;
 using lsoftmax::Fail;
@@ -106,6 +108,11 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
     const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     weight_shape[0] = sizes.classes;
     weight_shape[1] = sizes.features;
+    // With several GPUs each has its layer: one of them tells.
+    if (this->phase_ == TRAIN && bottom.size() > 1 && Caffe::root_solver()) {
+      const char* const every = getenv("LSOFTMAX_LOG_EVERY");
+      state_->rust->log_every(rust::String::lossy(every ? every : ""));
+    }
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -151,13 +158,17 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Reshape(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   vector<int> top_shape = bottom[0]->shape();
+  vector<int> weight_shape(2);
   try {
     const lsoftmax::MarginSizes sizes = state_->Reshape(bottom);
     top_shape.resize(sizes.axis + 1);
     top_shape[sizes.axis] = sizes.classes;
+    weight_shape[0] = sizes.classes;
+    weight_shape[1] = sizes.features;
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+  CheckShape(*this, "class weights", *this->blobs_[0], weight_shape);
   CheckSize(*this, "logits", bottom[0]->count(0, top_shape.size() - 1),
       "samples", top_shape.back(), "classes");
   top[0]->Reshape(top_shape);
@@ -181,6 +192,7 @@ void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
     Fail(*this, error.what());
   }
   WriteLambda(top);
+  LogDiagnosis(bottom, top);
 }
 
 template <typename Dtype>
@@ -189,6 +201,27 @@ void LargeMarginInnerProductLayer<Dtype>::WriteLambda(
   if (top.size() > 1) {
     top[1]->mutable_cpu_data()[0] = static_cast<Dtype>(state_->rust->lambda());
   }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::LogDiagnosis(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) const {
+  if (!state_->rust->diagnosis_is_due()) { return; }
+  // In GPU mode, this is where the host waits for the device.
+  lsoftmax::MarginDiagnosis pass = lsoftmax::MarginDiagnosis();
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.features = Data(bottom[0]);
+  pass.labels = Data(bottom[1]);
+  pass.weights = Data(this->blobs_[0].get());
+  pass.logits = Data(top[0]);
+  string line;
+  try {
+    line = std::string(lsoftmax::diagnose(*state_->rust, pass));
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+  LOG(INFO) << type() << " layer '" << this->layer_param_.name() << "': "
+      << line;
 }
 
 template <typename Dtype>
@@ -242,6 +275,7 @@ void LargeMarginInnerProductLayer<Dtype>::Forward_gpu(
     Fail(*this, error.what());
   }
   WriteLambda(top);
+  LogDiagnosis(bottom, top);
 }
 
 template <typename Dtype>

@@ -1,0 +1,102 @@
+"""How many samples a net trains on, for epochs."""
+import ctypes
+import os
+
+import caffe_proto
+from caffe_proto import ROOT, UserError
+
+# Of lmdb.h: nothing is written, no lock file either.
+MDB_RDONLY, MDB_NOLOCK = 0x20000, 0x400000
+
+
+class MdbStat(ctypes.Structure):
+    """MDB_stat of lmdb.h."""
+    _fields_ = ([(name, ctypes.c_uint) for name in ("psize", "depth")]
+                + [(name, ctypes.c_size_t) for name in (
+                    "branch_pages", "leaf_pages", "overflow_pages",
+                    "entries")])
+
+
+def lmdb_entries(path):
+    """The entries of the LMDB at path, by the library that Caffe uses."""
+    try:
+        mdb = ctypes.CDLL("liblmdb.so.0")
+    except OSError:
+        raise UserError("liblmdb is not installed")
+    mdb.mdb_strerror.restype = ctypes.c_char_p
+    env, stat = ctypes.c_void_p(), MdbStat()
+    mdb.mdb_env_create(ctypes.byref(env))
+    try:
+        error = mdb.mdb_env_open(env, os.fsencode(path),
+                                 MDB_RDONLY | MDB_NOLOCK, 0)
+        if error:
+            raise UserError("%s: %s" % (path, mdb.mdb_strerror(
+                error).decode()))
+        mdb.mdb_env_stat(env, ctypes.byref(stat))
+        return stat.entries
+    finally:
+        mdb.mdb_env_close(env)
+
+
+def list_lines(path):
+    """The lines of the list file at path."""
+    try:
+        with open(path, "rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise UserError("%s: %s" % (path, error.strerror))
+
+
+class Data:
+    """What a net trains on.
+
+    source is as the net names it, batch the samples of a forward pass;
+    samples is None where nothing tells how many there are, and why says so.
+    """
+
+    def __init__(self, source, batch, samples, why=""):
+        self.source, self.batch = source, batch
+        self.samples, self.why = samples, why
+
+    def epochs(self, iteration, iter_size):
+        """The epochs that are behind the solver then, or None."""
+        if self.samples is None:
+            return None
+        return iteration * iter_size * self.batch / self.samples
+
+
+def count(pb, layer):
+    """(source, batch size, samples) of a data layer, the latter a function."""
+    if layer.type == "ImageData":
+        param = layer.image_data_param
+        return param.source, param.batch_size, list_lines
+    param = layer.data_param
+    if param.backend == pb.DataParameter.LMDB:
+        return param.source, param.batch_size, lmdb_entries
+
+    def unknown(path):
+        raise UserError("a LevelDB does not tell its size")
+    return param.source, param.batch_size, unknown
+
+
+def training_data(pb, net):
+    """The Data of a net, or None where it has no such layer."""
+    for layer in net.layer:
+        if (layer.type not in ("Data", "ImageData")
+                or not caffe_proto.in_phase(pb, net, layer, pb.TRAIN)):
+            continue
+        source, batch, samples = count(pb, layer)
+        # Caffe takes it from the folder that it runs in.
+        paths = [path for path in (source, os.path.join(ROOT, source))
+                 if os.path.exists(path)]
+        if not paths:
+            return Data(source, batch, None, "%s is not there" % source)
+        try:
+            found = samples(paths[0])
+        except UserError as error:
+            return Data(source, batch, None, str(error))
+        if found == 0 or batch == 0:
+            return Data(source, batch, None, "%s has %d samples, a batch %d"
+                        % (source, found, batch))
+        return Data(source, batch, found)
+    return None

@@ -253,12 +253,11 @@ void Compare(const Problem<Dtype>& p, const Mode& mode,
       const int c = a.size() == size_t(p.channels) ? int(i) : p.ChannelOf(i);
       const double tolerance = unit * (bound(c, channels[c])
           + std::fabs(double(a[i])));
-      const bool agree = Agree(a[i], b[i], tolerance);
-      Check(agree, p.name + (mode.in_place ? " in place " : " ")
+      if (Agree(a[i], b[i], tolerance)) { continue; }
+      return Check(false, p.name + (mode.in_place ? " in place " : " ")
           + (mode.by_batch() ? "by batch " : "by moving ") + what + ": " + blob
           + "[" + std::to_string(i) + "] is " + Text(a[i]) + " on the CPU, "
           + Text(b[i]) + " on the GPU, tolerance " + Text(tolerance));
-      if (!agree) { return; }
     }
   };
   using O = Outcome<Dtype>;

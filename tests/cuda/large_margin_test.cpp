@@ -226,11 +226,10 @@ void Compare(const Problem<Dtype>& p, const Outcome<Dtype>& cpu,
     Check(a.size() == b.size(), what + matrix);
     for (size_t i = 0; i < a.size(); ++i) {
       const int row = int(i / columns), column = int(i % columns);
-      const bool agree = Agree(a[i], b[i], unit * size(row, column) + tiny);
-      Check(agree, p.name + " " + what + ": " + matrix + "["
+      if (Agree(a[i], b[i], unit * size(row, column) + tiny)) { continue; }
+      return Check(false, p.name + " " + what + ": " + matrix + "["
           + std::to_string(row) + "," + std::to_string(column) + "] is "
           + Text(a[i]) + " on the CPU, " + Text(b[i]) + " on the GPU");
-      if (!agree) { return; }
     }
   };
   rows(cpu.logits, gpu.logits, n, "logits",

@@ -40,9 +40,10 @@ has_tensorboardx() {
 # What it depends on is Debian's.
 get_tensorboardx() {
   ! has_tensorboardx || return 0
+  say "getting tensorboardX from PyPI"
   rm -rf -- "$tensorboardx" "$tensorboardx.part"
   PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip --disable-pip-version-check \
-    install --no-deps --no-compile --target "$tensorboardx.part" \
+    --quiet install --no-deps --no-compile --target "$tensorboardx.part" \
     'tensorboardX==2.6.*' || return
   mv -- "$tensorboardx.part" "$tensorboardx" && has_tensorboardx
 }

@@ -113,10 +113,16 @@ can_install() {
 # apt_get ARGUMENT...: apt-get with its progress on standard output, and its
 # words on standard error.
 apt_get() {
-  # Through standard output, since sudo hands no other file on.
-  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -y \
-    -o APT::Status-Fd=1 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
-    "$@" 2>&1 | apt_progress
+  # What apt tells of its progress goes through a pipe of its own, which apt
+  # makes one that does not block: a package's script that found such a pipe
+  # full behind its standard output would fail. It is root's standard output,
+  # since sudo hands no other file on.
+  { { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        sh -c 'exec 3>&1 >&2; exec apt-get "$@"' apt-get -y \
+        -o APT::Status-Fd=3 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+        "$@" 2>&4 4>&- 5>&- | cat >&5
+    } 4>&1 | cat >&5
+  } 5>&1 | apt_progress
 }
 
 apt_progress() {
@@ -181,6 +187,7 @@ need_packages() {
     >> "$log" 2>&1 || true
   # With -qq it would not say that it waits for a lock.
   apt_get -q install --fix-broken --no-install-recommends "$@" 2>> "$log" || {
+    grep -m 1 -B 2 '^dpkg: error processing' "$log" >&2 || true
     tail -n 20 "$log" >&2
     rm -f -- "$log"
     die "apt-get could not install $* (its last words stand above)"

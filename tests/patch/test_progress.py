@@ -99,3 +99,28 @@ def test_apt_that_fails_is_a_failure(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert (done.stdout, done.stderr) == ("100\n", "E: no\n")
+
+
+def test_scripts_of_packages_that_say_much(tmp_path):
+    """apt makes the pipe for its status one that does not block."""
+    program = tmp_path / "apt-get"
+    program.write_text("""#!/usr/bin/python3
+import os, re, subprocess, sys
+status = int(re.search("Status-Fd=([0-9]+)", " ".join(sys.argv)).group(1))
+os.set_blocking(status, False)
+for i in range(20000):
+    try:
+        os.write(status, b"pmstatus:libfoo:45.7142:Unpacking libfoo\\n")
+    except BlockingIOError:
+        pass
+script = "set -e; for i in $(seq 3000); do echo said $i; done"
+sys.exit(subprocess.run(["sh", "-c", script]).returncode)
+""")
+    program.chmod(0o755)
+    done = subprocess.run(
+        script("as_root=(); apt_get install; echo $?"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.stdout.splitlines()[-1] == "0", done.stderr[-500:]
+    said = [line for line in done.stderr.splitlines() if "said" in line]
+    assert len(said) >= 2990 and said[-1].endswith("said 3000")

@@ -118,7 +118,7 @@ apt_get() {
   # full behind its standard output would fail. It is root's standard output,
   # since sudo hands no other file on.
   { { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        sh -c 'exec 3>&1 >&2; exec apt-get "$@"' apt-get -y \
+        /bin/sh -c 'exec 3>&1 >&2; exec apt-get "$@"' apt-get -y \
         -o APT::Status-Fd=3 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
         "$@" 2>&4 4>&- 5>&- | cat >&5
     } 4>&1 | cat >&5

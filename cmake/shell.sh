@@ -151,8 +151,9 @@ apt_progress() {
         printf '%s\n' "$line" >&2
         continue ;;
     esac
-    if [[ $percent ]]; then
-      printf -v words '%s %3d%%: %s' "$words" "${percent%%.*}" "$what"
+    # A line that apt could write only in part may be anything.
+    if [[ $percent =~ ^[0-9]{1,3}(\.|$) ]]; then
+      printf -v words '%s %3d%%: %s' "$words" "$((10#${percent%%.*}))" "$what"
     fi
     progress "$words"
   done

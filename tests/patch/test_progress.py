@@ -53,6 +53,13 @@ def test_percent_and_package_of_an_installation():
         "apt-get: installing  45%: Unpacking libfoo (amd64)"]
 
 
+def test_lines_that_are_cut():
+    """As apt leaves them where its status finds no room."""
+    done = progress("apt_progress; echo whole", "pmstatus:libfoo:45pmstatus:\n"
+                    "pmstatus:x:08.1:y\npmstatus::a[0]:\ndlstatus:1:-\n")
+    assert (done.stdout, done.stderr) == ("whole\n", "")
+
+
 def test_apt_that_says_nothing():
     """Its last words come again, without a line of its own."""
     process = subprocess.Popen(

@@ -43,10 +43,10 @@ debian_source() {  # DEST
   options=(-qq -o "Dir::Etc::SourceList=$apt/sources.list"
            -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$apt/lists"
            -o "Dir::Cache=$apt/cache" -o Acquire::http::Timeout=30
-           -o "APT::Sandbox::User=$(id -un)" -o APT::Status-Fd=1)
-  "${in_time[@]}" apt-get "${options[@]}" update 2>&1 | apt_progress || return 1
-  (cd -- "$apt" && "${in_time[@]}" apt-get "${options[@]}" source \
-     --download-only caffe) 2>&1 | apt_progress || return 1
+           -o "APT::Sandbox::User=$(id -un)")
+  run_apt "${in_time[@]}" -- "${options[@]}" update || return 1
+  (cd -- "$apt" && run_apt "${in_time[@]}" -- "${options[@]}" source \
+     --download-only caffe) || return 1
   tarball=$apt/caffe_$debian_version.orig.tar.gz
   [[ -e $tarball ]] || return 1
   echo "$debian_sha256  $tarball" | sha256sum --check --quiet || return 1

@@ -110,19 +110,26 @@ can_install() {
                     { sudo -n true 2> /dev/null || [[ -t 0 ]]; }; }
 }
 
-# apt_get ARGUMENT...: apt-get with its progress on standard output, and its
-# words on standard error.
-apt_get() {
+# run_apt [PREFIX...] -- ARGUMENT...: apt-get behind a prefix such as sudo, with
+# its progress on standard output, and its words on standard error.
+run_apt() {
+  local before=()
+  while [[ $1 != -- ]]; do before+=("$1"); shift; done
+  shift
   # What apt tells of its progress goes through a pipe of its own, which apt
   # makes one that does not block: a package's script that found such a pipe
-  # full behind its standard output would fail. It is root's standard output,
-  # since sudo hands no other file on.
-  { { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-        /bin/sh -c 'exec 3>&1 >&2; exec apt-get "$@"' apt-get -y \
-        -o APT::Status-Fd=3 -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
-        "$@" 2>&4 4>&- 5>&- | cat >&5
+  # full behind its standard output would fail. It is the prefix's standard
+  # output, since sudo hands no other file on.
+  { { "${before[@]}" /bin/sh -c 'exec 3>&1 >&2; exec apt-get "$@"' apt-get \
+        -o APT::Status-Fd=3 "$@" 2>&4 4>&- 5>&- | cat >&5
     } 4>&1 | cat >&5
   } 5>&1 | apt_progress
+}
+
+# apt_get ARGUMENT...: likewise, as root and without a question.
+apt_get() {
+  run_apt "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive -- -y \
+    -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 "$@"
 }
 
 apt_progress() {

@@ -42,9 +42,8 @@ get_tensorboardx() {
   ! has_tensorboardx || return 0
   say "getting tensorboardX from PyPI"
   rm -rf -- "$tensorboardx" "$tensorboardx.part"
-  PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip --disable-pip-version-check \
-    --quiet install --no-deps --no-compile --target "$tensorboardx.part" \
-    'tensorboardX==2.6.*' || return
+  find_pip && pip_unpack "$tensorboardx.part" --quiet 'tensorboardX==2.6.*' ||
+    return
   mv -- "$tensorboardx.part" "$tensorboardx" && has_tensorboardx
 }
 

@@ -7,6 +7,7 @@
 #include "caffe/blob.hpp"
 #include "caffe/layer.hpp"
 #include "caffe/syncedmem.hpp"
+#include "lsoftmax/caffe_blas.hpp"
 #include "lsoftmax/src/bridge/ffi.rs.h"
 #include "rust/cxx.h"
 
@@ -22,75 +23,28 @@ template <> struct TypeOf<double> {
   static const ElementType value = ElementType::F64;
 };
 
-// Views of blobs, as bytes. An empty blob has no memory to ask for.
-typedef rust::Slice<const uint8_t> Bytes;
-typedef rust::Slice<uint8_t> MutableBytes;
-
+// A blob as a pass takes it, by the function of Blob that gives its values: an
+// empty blob has no memory to ask for.
 template <typename Dtype>
-Bytes View(const Dtype* data, int count) {
-  return Bytes(reinterpret_cast<const uint8_t*>(data), count * sizeof(Dtype));
+View ViewOf(const caffe::Blob<Dtype>* blob,
+    const Dtype* (caffe::Blob<Dtype>::*values)() const) {
+  View view = View();
+  if (blob->count() > 0) {
+    view.values = reinterpret_cast<const uint8_t*>((blob->*values)());
+    view.count = blob->count();
+  }
+  return view;
 }
 
 template <typename Dtype>
-MutableBytes MutableView(Dtype* data, int count) {
-  return MutableBytes(reinterpret_cast<uint8_t*>(data), count * sizeof(Dtype));
-}
-
-template <typename Dtype>
-Bytes Data(const caffe::Blob<Dtype>* blob) {
-  if (blob->count() == 0) { return Bytes(); }
-  return View(blob->cpu_data(), blob->count());
-}
-
-template <typename Dtype>
-MutableBytes MutableData(caffe::Blob<Dtype>* blob) {
-  if (blob->count() == 0) { return MutableBytes(); }
-  return MutableView(blob->mutable_cpu_data(), blob->count());
-}
-
-template <typename Dtype>
-Bytes Diff(const caffe::Blob<Dtype>* blob) {
-  if (blob->count() == 0) { return Bytes(); }
-  return View(blob->cpu_diff(), blob->count());
-}
-
-template <typename Dtype>
-MutableBytes MutableDiff(caffe::Blob<Dtype>* blob) {
-  if (blob->count() == 0) { return MutableBytes(); }
-  return MutableView(blob->mutable_cpu_diff(), blob->count());
-}
-
-// Whether a layer above, or a loss_weight, has ever written the gradient.
-template <typename Dtype>
-bool HasDiff(const caffe::Blob<Dtype>* blob) {
-  return blob->count() > 0
-      && blob->diff()->head() != caffe::SyncedMemory::UNINITIALIZED;
-}
-
-#ifndef CPU_ONLY
-// The same in device memory, null for an empty blob.
-template <typename Dtype>
-const uint8_t* GpuData(const caffe::Blob<Dtype>* blob) {
-  return blob->count() == 0 ? NULL
-      : reinterpret_cast<const uint8_t*>(blob->gpu_data());
-}
-
-template <typename Dtype>
-uint8_t* MutableGpuData(caffe::Blob<Dtype>* blob) {
-  return blob->count() == 0 ? NULL
-      : reinterpret_cast<uint8_t*>(blob->mutable_gpu_data());
-}
-
-template <typename Dtype>
-const uint8_t* GpuDiff(const caffe::Blob<Dtype>* blob) {
-  return blob->count() == 0 ? NULL
-      : reinterpret_cast<const uint8_t*>(blob->gpu_diff());
-}
-
-template <typename Dtype>
-uint8_t* MutableGpuDiff(caffe::Blob<Dtype>* blob) {
-  return blob->count() == 0 ? NULL
-      : reinterpret_cast<uint8_t*>(blob->mutable_gpu_diff());
+MutableView ViewOf(caffe::Blob<Dtype>* blob,
+    Dtype* (caffe::Blob<Dtype>::*values)()) {
+  MutableView view = MutableView();
+  if (blob->count() > 0) {
+    view.values = reinterpret_cast<uint8_t*>((blob->*values)());
+    view.count = blob->count();
+  }
+  return view;
 }
 
 // Device memory that a layer's passes share. It grows and never shrinks.
@@ -99,19 +53,77 @@ class Scratch {
   Scratch() : bytes_(0) {}
   // Takes no memory before it is asked for.
   void Reshape(size_t bytes) { bytes_ = std::max(bytes_, bytes); }
-  uint8_t* gpu_data() {
+  MutableView gpu_data() {
     if (!memory_ || memory_->size() < bytes_) {
       // One byte at least, so that there is an address.
       memory_.reset(new caffe::SyncedMemory(std::max<size_t>(bytes_, 1)));
     }
-    return static_cast<uint8_t*>(memory_->mutable_gpu_data());
+    MutableView view = MutableView();
+    view.values = static_cast<uint8_t*>(memory_->mutable_gpu_data());
+    view.count = memory_->size();
+    return view;
   }
 
  private:
   size_t bytes_;
   caffe::shared_ptr<caffe::SyncedMemory> memory_;
 };
+
+// Where a pass works, and the blobs as it takes them there.
+struct HostMemory {
+  typedef CpuBlas Blas;
+  static const Memory value = Memory::Host;
+
+  template <typename Dtype>
+  static View Data(const caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::cpu_data);
+  }
+  template <typename Dtype>
+  static View Diff(const caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::cpu_diff);
+  }
+  template <typename Dtype>
+  static MutableView MutableData(caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::mutable_cpu_data);
+  }
+  template <typename Dtype>
+  static MutableView MutableDiff(caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::mutable_cpu_diff);
+  }
+  static MutableView Of(Scratch*) { return MutableView(); }
+};
+
+#ifndef CPU_ONLY
+struct DeviceMemory {
+  typedef GpuBlas Blas;
+  static const Memory value = Memory::Device;
+
+  template <typename Dtype>
+  static View Data(const caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::gpu_data);
+  }
+  template <typename Dtype>
+  static View Diff(const caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::gpu_diff);
+  }
+  template <typename Dtype>
+  static MutableView MutableData(caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::mutable_gpu_data);
+  }
+  template <typename Dtype>
+  static MutableView MutableDiff(caffe::Blob<Dtype>* blob) {
+    return ViewOf(blob, &caffe::Blob<Dtype>::mutable_gpu_diff);
+  }
+  static MutableView Of(Scratch* scratch) { return scratch->gpu_data(); }
+};
 #endif  // CPU_ONLY
+
+// Whether a layer above, or a loss_weight, has ever written the gradient.
+template <typename Dtype>
+bool HasDiff(const caffe::Blob<Dtype>* blob) {
+  return blob->count() > 0
+      && blob->diff()->head() != caffe::SyncedMemory::UNINITIALIZED;
+}
 
 // Says once a process which version of the layers runs.
 inline void LogVersion() {

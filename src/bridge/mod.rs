@@ -8,56 +8,30 @@ mod blas;
 mod ffi;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice;
 
 use crate::batch_norm::{self, BatchNorm, cpu::Moving};
 use crate::dtype::{Dtype, int};
 use crate::error::{Error, Result};
 use crate::large_margin::{self, LargeMarginInnerProduct};
 use crate::param;
-#[cfg(feature = "cuda")]
-use blas::DeviceBlas;
-use blas::HostBlas;
+use blas::CaffeBlas;
+use ffi::{ElementType, Memory, MutableView, View};
 
 /// A [`Dtype`], and its name in C++.
 trait Element: Dtype {
-    const DTYPE: ffi::ElementType;
+    const DTYPE: ElementType;
 }
 
 impl Element for f32 {
-    const DTYPE: ffi::ElementType = ffi::ElementType::F32;
+    const DTYPE: ElementType = ElementType::F32;
 }
 
 impl Element for f64 {
-    const DTYPE: ffi::ElementType = ffi::ElementType::F64;
+    const DTYPE: ElementType = ElementType::F64;
 }
 
-/// Evaluates `$body` with `$t` the type that `$dtype` names. A panic becomes an
-/// error, since it may not cross into C++.
-macro_rules! with_dtype {
-    ($dtype:expr, $t:ident => $body:expr) => {
-        guard(|| match $dtype {
-            ffi::ElementType::F32 => {
-                type $t = f32;
-                $body
-            }
-            ffi::ElementType::F64 => {
-                type $t = f64;
-                $body
-            }
-            other => Err(Error::new(format!("element type {}", other.repr))),
-        })
-    };
-}
-
-/// The typed pass `$to`, from the pointers of the same names in `$from`.
-#[cfg(feature = "cuda")]
-macro_rules! device_pass {
-    ($($to:ident)::+, $from:ident, $($field:ident),*) => {
-        $($to)::+ { $($field: $from.$field.cast()),* }
-    };
-}
-
-/// Runs `f`; a panic becomes an error.
+/// Runs `f`; a panic becomes an error, since it may not cross into C++.
 fn guard<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
     // Unwind safe: after an error the caller ends the process.
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
@@ -72,53 +46,81 @@ fn guard<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
     })
 }
 
-/// The values that `bytes` are.
+/// Evaluates `$body`, guarded, with `$t` the type that `$dtype` names.
+macro_rules! with_dtype {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        guard(|| match $dtype {
+            ElementType::F32 => {
+                type $t = f32;
+                $body
+            }
+            ElementType::F64 => {
+                type $t = f64;
+                $body
+            }
+            other => panic!("element type {}", other.repr),
+        })
+    };
+}
+
+/// Likewise `$host` or `$device`, by where the blobs of `$pass` lie.
+macro_rules! run {
+    ($pass:ident, $t:ident => $host:expr, $device:expr) => {
+        with_dtype!($pass.dtype, $t => match $pass.memory {
+            Memory::Host => $host,
+            #[cfg(feature = "cuda")]
+            Memory::Device => $device,
+            other => panic!("memory {}", other.repr),
+        })
+    };
+}
+
+/// The pass `$to` in device memory, from the views of the same names in `$pass`.
+#[cfg(feature = "cuda")]
+macro_rules! device_pass {
+    ($($to:ident)::+, $pass:ident, $($field:ident),*) => {
+        $($to)::+ { $($field: $pass.$field.values.cast()),* }
+    };
+}
+
+/// The values of a view on the host; None where there are none.
 ///
-/// # Errors
-/// A blob that is not aligned, or does not end, as its type asks.
-fn values<T: Dtype>(bytes: &[u8]) -> Result<&[T]> {
-    check::<T>(bytes)?;
-    // SAFETY: aligned and as long as checked; any bytes are an f32 or f64, the
-    // only types that are Dtype; the borrow stays.
-    Ok(unsafe { std::slice::from_raw_parts(start(bytes), bytes.len() / size_of::<T>()) })
+/// # Safety
+/// The view is of memory that nobody writes while the values are in use.
+unsafe fn given<'a, T: Dtype>(view: View) -> Option<&'a [T]> {
+    let values: *const T = view.values.cast();
+    assert!(values.is_aligned(), "values at {values:?}");
+    // SAFETY: the caller's; any bytes are an f32 or f64, which Dtype is.
+    (!values.is_null()).then(|| unsafe { slice::from_raw_parts(values, view.count) })
 }
 
-/// [`values`], to be written.
-fn values_mut<T: Dtype>(bytes: &mut [u8]) -> Result<&mut [T]> {
-    check::<T>(bytes)?;
-    // SAFETY: as in values.
-    Ok(unsafe {
-        std::slice::from_raw_parts_mut(start::<T>(bytes).cast_mut(), bytes.len() / size_of::<T>())
-    })
+/// [`given`], to be written.
+///
+/// # Safety
+/// The view is of memory that nobody else touches while the values are in use.
+unsafe fn given_mut<'a, T: Dtype>(view: MutableView) -> Option<&'a mut [T]> {
+    let values: *mut T = view.values.cast();
+    assert!(values.is_aligned(), "values at {values:?}");
+    // SAFETY: as for given.
+    (!values.is_null()).then(|| unsafe { slice::from_raw_parts_mut(values, view.count) })
 }
 
-fn check<T: Dtype>(bytes: &[u8]) -> Result<()> {
-    let (size, address) = (size_of::<T>(), start::<T>(bytes) as usize);
-    if bytes.len().is_multiple_of(size) && address.is_multiple_of(align_of::<T>()) {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "{} bytes at {address:#x} are no values of {size} bytes each",
-        bytes.len()
-    )))
+/// [`given`], or an empty slice.
+///
+/// # Safety
+/// As [`given`].
+unsafe fn values<'a, T: Dtype>(view: View) -> &'a [T] {
+    // SAFETY: the caller's.
+    unsafe { given(view) }.unwrap_or_default()
 }
 
-/// Where `bytes` begin; without any, an address that is aligned.
-fn start<T>(bytes: &[u8]) -> *const T {
-    if bytes.is_empty() {
-        return std::ptr::dangling();
-    }
-    bytes.as_ptr().cast()
-}
-
-/// [`values`], or None where there are none.
-fn given<T: Dtype>(bytes: &[u8]) -> Result<Option<&[T]>> {
-    Ok(Some(values(bytes)?).filter(|values| !values.is_empty()))
-}
-
-/// [`values_mut`], or None where there are none.
-fn given_mut<T: Dtype>(bytes: &mut [u8]) -> Result<Option<&mut [T]>> {
-    Ok(Some(values_mut(bytes)?).filter(|values| !values.is_empty()))
+/// [`given_mut`], or an empty slice.
+///
+/// # Safety
+/// As [`given_mut`].
+unsafe fn values_mut<'a, T: Dtype>(view: MutableView) -> &'a mut [T] {
+    // SAFETY: the caller's.
+    unsafe { given_mut(view) }.unwrap_or_default()
 }
 
 fn version() -> &'static str {
@@ -148,64 +150,57 @@ fn margin_reshape(
     })
 }
 
-fn margin_forward(
+unsafe fn margin_forward(
     layer: &mut LargeMarginInnerProduct,
     blas: &ffi::Blas,
-    pass: ffi::MarginForward<'_>,
+    pass: &ffi::MarginForward,
 ) -> Result<()> {
-    with_dtype!(pass.dtype, T => layer.forward::<T>(&HostBlas(blas), large_margin::cpu::Forward {
-        features: values(pass.features)?, labels: given(pass.labels)?,
-        weights: values(pass.weights)?,
-        logits: values_mut(pass.logits)?, plain: given_mut(pass.plain)?,
-    }))
+    let blas = &CaffeBlas(blas);
+    // SAFETY: the caller's.
+    unsafe {
+        run!(pass, T =>
+            layer.forward::<T>(blas, large_margin::cpu::Forward {
+                features: values(pass.features), labels: given(pass.labels),
+                weights: values(pass.weights),
+                logits: values_mut(pass.logits), plain: given_mut(pass.plain),
+            }),
+            layer.forward_gpu::<T>(blas, device_pass!(
+                large_margin::gpu::Forward, pass, features, labels, weights, logits, plain, scratch
+            ))
+        )
+    }
 }
 
-fn margin_backward(
+unsafe fn margin_backward(
     layer: &LargeMarginInnerProduct,
     blas: &ffi::Blas,
-    pass: ffi::MarginBackward<'_>,
+    pass: &ffi::MarginBackward,
 ) -> Result<()> {
-    with_dtype!(pass.dtype, T => layer.backward::<T>(&HostBlas(blas), large_margin::cpu::Backward {
-        logits_diff: values_mut(pass.logits_diff)?, plain_diff: given(pass.plain_diff)?,
-        features: values(pass.features)?, weights: values(pass.weights)?,
-        features_diff: given_mut(pass.features_diff)?,
-        weights_diff: given_mut(pass.weights_diff)?,
-    }))
+    let blas = &CaffeBlas(blas);
+    // SAFETY: the caller's.
+    unsafe {
+        run!(pass, T =>
+            layer.backward::<T>(blas, large_margin::cpu::Backward {
+                logits_diff: values_mut(pass.logits_diff), plain_diff: given(pass.plain_diff),
+                features: values(pass.features), weights: values(pass.weights),
+                features_diff: given_mut(pass.features_diff),
+                weights_diff: given_mut(pass.weights_diff),
+            }),
+            layer.backward_gpu::<T>(blas, device_pass!(
+                large_margin::gpu::Backward, pass, logits_diff, plain_diff, features, weights,
+                features_diff, weights_diff, scratch
+            ))
+        )
+    }
 }
 
-fn diagnose(layer: &LargeMarginInnerProduct, pass: ffi::MarginDiagnosis<'_>) -> Result<String> {
-    with_dtype!(pass.dtype, T => Ok(layer.diagnose::<T>(large_margin::diagnosis::Pass {
-        features: values(pass.features)?, labels: values(pass.labels)?,
-        weights: values(pass.weights)?, logits: values(pass.logits)?,
-    })?.to_string()))
-}
-
-#[cfg(feature = "cuda")]
-unsafe fn margin_forward_gpu(
-    layer: &mut LargeMarginInnerProduct,
-    blas: &ffi::Blas,
-    pass: ffi::DeviceMarginForward,
-) -> Result<()> {
+unsafe fn diagnose(layer: &LargeMarginInnerProduct, pass: &ffi::MarginDiagnosis) -> Result<String> {
     // SAFETY: the caller's.
     with_dtype!(pass.dtype, T => unsafe {
-        layer.forward_gpu::<T>(&DeviceBlas(blas), device_pass!(
-            large_margin::gpu::Forward, pass, features, labels, weights, logits, plain, scratch
-        ))
-    })
-}
-
-#[cfg(feature = "cuda")]
-unsafe fn margin_backward_gpu(
-    layer: &LargeMarginInnerProduct,
-    blas: &ffi::Blas,
-    pass: ffi::DeviceMarginBackward,
-) -> Result<()> {
-    // SAFETY: the caller's.
-    with_dtype!(pass.dtype, T => unsafe {
-        layer.backward_gpu::<T>(&DeviceBlas(blas), device_pass!(
-            large_margin::gpu::Backward, pass, logits_diff, plain_diff, features, weights,
-            features_diff, weights_diff, scratch
-        ))
+        Ok(layer.diagnose::<T>(large_margin::diagnosis::Pass {
+            features: values(pass.features), labels: values(pass.labels),
+            weights: values(pass.weights), logits: values(pass.logits),
+        })?.to_string())
     })
 }
 
@@ -234,47 +229,47 @@ fn constant_channel(layer: &BatchNorm) -> i32 {
     channel.unwrap_or(-1)
 }
 
-fn bn_forward(layer: &mut BatchNorm, pass: ffi::BnForward<'_>) -> Result<()> {
-    with_dtype!(pass.dtype, T => layer.forward::<T>(batch_norm::cpu::Forward {
-        bottom: given(pass.bottom)?, slope: values(pass.slope)?, bias: values(pass.bias)?,
-        moving: match given_mut(pass.update_mean)? {
-            Some(mean) => Moving::Update { mean, inv_std: values_mut(pass.update_inv_std)? },
-            None => Moving::Read {
-                mean: values(pass.moving_mean)?, inv_std: values(pass.moving_inv_std)?,
-            },
-        },
-        top: values_mut(pass.top)?, x_hat: given_mut(pass.x_hat)?,
-    }))
+unsafe fn bn_forward(layer: &mut BatchNorm, pass: &ffi::BnForward) -> Result<()> {
+    // SAFETY: the caller's; in place, bottom and top are one, and top alone is
+    // taken.
+    unsafe {
+        run!(pass, T =>
+            layer.forward::<T>(batch_norm::cpu::Forward {
+                bottom: given(pass.bottom).filter(|_| pass.bottom.values != pass.top.values),
+                slope: values(pass.slope), bias: values(pass.bias),
+                moving: match given_mut(pass.update_mean) {
+                    Some(mean) => Moving::Update { mean, inv_std: values_mut(pass.update_inv_std) },
+                    None => Moving::Read {
+                        mean: values(pass.moving_mean), inv_std: values(pass.moving_inv_std),
+                    },
+                },
+                top: values_mut(pass.top), x_hat: given_mut(pass.x_hat),
+            }),
+            layer.forward_gpu::<T>(device_pass!(
+                batch_norm::gpu::Forward, pass, bottom, slope, bias, moving_mean, moving_inv_std,
+                update_mean, update_inv_std, top, x_hat, scratch
+            ))
+        )
+    }
 }
 
-fn bn_backward(layer: &mut BatchNorm, pass: ffi::BnBackward<'_>) -> Result<()> {
-    with_dtype!(pass.dtype, T => layer.backward::<T>(batch_norm::cpu::Backward {
-        top_diff: given(pass.top_diff)?, x: values(pass.x)?, slope: values(pass.slope)?,
-        bottom_diff: given_mut(pass.bottom_diff)?,
-        slope_diff: given_mut(pass.slope_diff)?, bias_diff: given_mut(pass.bias_diff)?,
-    }))
-}
-
-#[cfg(feature = "cuda")]
-unsafe fn bn_forward_gpu(layer: &mut BatchNorm, pass: ffi::DeviceBnForward) -> Result<()> {
-    // SAFETY: the caller's.
-    with_dtype!(pass.dtype, T => unsafe {
-        layer.forward_gpu::<T>(device_pass!(
-            batch_norm::gpu::Forward, pass, bottom, slope, bias, moving_mean, moving_inv_std,
-            update_mean, update_inv_std, top, x_hat, scratch
-        ))
-    })
-}
-
-#[cfg(feature = "cuda")]
-unsafe fn bn_backward_gpu(layer: &BatchNorm, pass: ffi::DeviceBnBackward) -> Result<()> {
-    // SAFETY: the caller's.
-    with_dtype!(pass.dtype, T => unsafe {
-        layer.backward_gpu::<T>(device_pass!(
-            batch_norm::gpu::Backward, pass, top_diff, x, slope, bottom_diff, slope_diff,
-            bias_diff, scratch
-        ))
-    })
+unsafe fn bn_backward(layer: &mut BatchNorm, pass: &ffi::BnBackward) -> Result<()> {
+    // SAFETY: the caller's; in place likewise.
+    unsafe {
+        run!(pass, T =>
+            layer.backward::<T>(batch_norm::cpu::Backward {
+                top_diff: given(pass.top_diff)
+                    .filter(|_| pass.top_diff.values != pass.bottom_diff.values),
+                x: values(pass.x), slope: values(pass.slope),
+                bottom_diff: given_mut(pass.bottom_diff),
+                slope_diff: given_mut(pass.slope_diff), bias_diff: given_mut(pass.bias_diff),
+            }),
+            layer.backward_gpu::<T>(device_pass!(
+                batch_norm::gpu::Backward, pass, top_diff, x, slope, bottom_diff, slope_diff,
+                bias_diff, scratch
+            ))
+        )
+    }
 }
 
 #[cfg(test)]
@@ -293,24 +288,23 @@ mod tests {
         let other = guard::<()>(|| std::panic::panic_any(5)).unwrap_err();
         assert!(other.to_string().ends_with("no message"));
     }
-
     #[test]
-    fn bytes_are_values_where_they_are_aligned_and_whole() {
-        let memory = [0x3f80_0000_3f80_0000u64; 3];
-        // SAFETY: the memory of an array, as bytes.
-        let bytes: &[u8] = unsafe { std::slice::from_raw_parts(memory.as_ptr().cast(), 24) };
-        assert_eq!(values::<f32>(bytes).unwrap(), [1.0; 6]);
-        assert_eq!(values::<f64>(bytes).unwrap().len(), 3);
-        assert_eq!(values::<f32>(&bytes[4..12]).unwrap(), [1.0; 2]);
-        assert_eq!(values::<f64>(&bytes[1..1]).unwrap(), [0.0; 0]);
-        for bad in [&bytes[..23], &bytes[4..12], &bytes[1..9]] {
-            let message = values::<f64>(bad).unwrap_err().to_string();
-            assert!(
-                message.contains(&format!("{} bytes at 0x", bad.len())),
-                "{message}"
-            );
+    fn a_view_of_nothing_is_empty_and_one_out_of_line_is_refused() {
+        let memory = [1f32, 2.0, 3.0];
+        let view = |bytes: usize, count| View {
+            values: memory.as_ptr().cast::<u8>().wrapping_add(bytes),
+            count,
+        };
+        let values = std::ptr::null();
+        let nothing = View { values, count: 0 };
+        // SAFETY: views of an array, which nobody writes, and of nothing.
+        unsafe {
+            assert_eq!(super::values::<f32>(view(4, 2)), [2.0, 3.0]);
+            assert_eq!(given::<f32>(view(0, 3)), Some(&memory[..]));
+            assert_eq!(super::values::<f32>(nothing), [0.0; 0]);
+            assert_eq!(given::<f64>(nothing), None);
+            let refused = guard(|| Ok(given::<f32>(view(2, 1)).is_some())).unwrap_err();
+            assert!(refused.to_string().contains("values at 0x"), "{refused}");
         }
-        assert!(given::<f32>(&[]).unwrap().is_none());
-        assert!(given_mut::<f32>(&mut []).unwrap().is_none());
     }
 }

@@ -89,7 +89,7 @@ class Layer {
     const std::pair<Off, std::vector<Dtype>*> moved[] = {{kX, &x_},
         {kY, &out.y}, {kG, &g_}, {kDx, &out.dx}, {kXHat, &out.x_hat}};
     const auto moves = [&](const auto& blob) {
-      return At(blob.first) && !blob.second->empty();
+      return mode_.off & blob.first && !blob.second->empty();
     };
     for (const auto& blob : moved) {
       if (moves(blob)) { blob.second->insert(blob.second->begin(), 0); }
@@ -132,78 +132,63 @@ class Layer {
     return out;
   }
   void CpuForward(Outcome<Dtype>* out) {
+    Forward(lsoftmax::Memory::Host, out);
+  }
+  void CpuBackward(Outcome<Dtype>* out) {
+    Backward(lsoftmax::Memory::Host, out);
+  }
+  void GpuForward(Outcome<Dtype>* out) {
+    Forward(lsoftmax::Memory::Device, out);
+  }
+  void GpuBackward(Outcome<Dtype>* out) {
+    Backward(lsoftmax::Memory::Device, out);
+  }
+
+  // As the shim does.
+  void Forward(lsoftmax::Memory memory, Outcome<Dtype>* out) {
     lsoftmax::BnForward pass{};
+    pass.memory = memory;
     pass.dtype = TypeOf<Dtype>();
-    if (!mode_.in_place) { pass.bottom = View(p_.x); }
+    pass.bottom = mode_.in_place ? View(out->y, At(kY, memory))
+        : View(x_, At(kX, memory));
     pass.slope = View(p_.slope);
     pass.bias = View(p_.bias);
     if (mode_.by_batch()) {
       pass.update_mean = MutableView(out->moving_mean);
       pass.update_inv_std = MutableView(out->moving_inv_std);
     } else {
+      // Constant: the bridge has no way to write them.
       pass.moving_mean = View(out->moving_mean);
       pass.moving_inv_std = View(out->moving_inv_std);
     }
-    pass.top = MutableView(out->y);
-    pass.x_hat = MutableView(out->x_hat);
+    pass.top = MutableView(out->y, At(kY, memory));
+    pass.x_hat = MutableView(out->x_hat, At(kXHat, memory));
+    pass.scratch = MutableView(scratch_);
     lsoftmax::forward(*rust_, pass);
   }
-  void CpuBackward(Outcome<Dtype>* out) {
+  void Backward(lsoftmax::Memory memory, Outcome<Dtype>* out) {
     lsoftmax::BnBackward pass{};
+    pass.memory = memory;
     pass.dtype = TypeOf<Dtype>();
-    if (!mode_.in_place) {
-      pass.top_diff = View(p_.g);
-    } else if (!mode_.dx) {
-      pass.top_diff = View(out->dx);
-    }
-    pass.x = mode_.in_place ? View(out->x_hat) : View(p_.x);
+    pass.top_diff = mode_.in_place ? View(out->dx, At(kDx, memory))
+        : View(g_, At(kG, memory));
+    pass.x = mode_.in_place ? View(out->x_hat, At(kXHat, memory))
+        : View(x_, At(kX, memory));
     pass.slope = View(p_.slope);
-    if (mode_.dx) { pass.bottom_diff = MutableView(out->dx); }
+    if (mode_.dx) {
+      pass.bottom_diff = MutableView(out->dx, At(kDx, memory));
+    }
     pass.slope_diff = MutableView(out->dslope);
     pass.bias_diff = MutableView(out->dbias);
+    pass.scratch = MutableView(scratch_);
     lsoftmax::backward(*rust_, pass);
   }
-  void GpuForward(Outcome<Dtype>* out) {
-    lsoftmax::DeviceBnForward pass{};
-    pass.dtype = TypeOf<Dtype>();
-    pass.bottom = mode_.in_place ? Pointer(out->y) + At(kY)
-        : Pointer(x_) + At(kX);
-    pass.slope = Pointer(p_.slope);
-    pass.bias = Pointer(p_.bias);
-    if (mode_.by_batch()) {
-      pass.update_mean = MutablePointer(out->moving_mean);
-      pass.update_inv_std = MutablePointer(out->moving_inv_std);
-    } else {
-      // Constant: the bridge has no way to write them.
-      pass.moving_mean = Pointer(out->moving_mean);
-      pass.moving_inv_std = Pointer(out->moving_inv_std);
-    }
-    pass.top = MutablePointer(out->y) + At(kY);
-    if (!out->x_hat.empty()) {
-      pass.x_hat = MutablePointer(out->x_hat) + At(kXHat);
-    }
-    pass.scratch = scratch_.data();
-    lsoftmax::forward_gpu(*rust_, pass);
-  }
-  void GpuBackward(Outcome<Dtype>* out) {
-    lsoftmax::DeviceBnBackward pass{};
-    pass.dtype = TypeOf<Dtype>();
-    pass.top_diff = mode_.in_place ? Pointer(out->dx) + At(kDx)
-        : Pointer(g_) + At(kG);
-    pass.x = mode_.keeps_x_hat() ? Pointer(out->x_hat) + At(kXHat)
-        : mode_.in_place ? Pointer(out->y) + At(kY) : Pointer(x_) + At(kX);
-    pass.slope = Pointer(p_.slope);
-    if (mode_.dx && !out->dx.empty()) {
-      pass.bottom_diff = MutablePointer(out->dx) + At(kDx);
-    }
-    pass.slope_diff = MutablePointer(out->dslope);
-    pass.bias_diff = MutablePointer(out->dbias);
-    pass.scratch = scratch_.data();
-    lsoftmax::backward_gpu(*rust_, pass);
-  }
 
-  // Bytes by which a blob is moved.
-  size_t At(Off blob) const { return mode_.off & blob ? sizeof(Dtype) : 0; }
+  // Bytes by which a blob is moved, on the device.
+  size_t At(Off blob, lsoftmax::Memory memory) const {
+    return memory == lsoftmax::Memory::Device && mode_.off & blob
+        ? sizeof(Dtype) : 0;
+  }
 
   const Problem<Dtype>& p_;
   const Mode mode_;

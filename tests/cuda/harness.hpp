@@ -191,22 +191,25 @@ constexpr lsoftmax::ElementType TypeOf() {
       : lsoftmax::ElementType::F64;
 }
 
-// Blobs as the bridge takes them: empty or null where they are not there.
+// Blobs as the bridge takes them, which may begin `off` bytes behind where
+// their memory does.
 template <typename T>
-rust::Slice<const uint8_t> View(const std::vector<T>& v) {
-  return {reinterpret_cast<const uint8_t*>(v.data()), v.size() * sizeof(T)};
+lsoftmax::View View(const std::vector<T>& v, size_t off = 0) {
+  lsoftmax::View view{};
+  if (!v.empty()) {
+    view.values = reinterpret_cast<const uint8_t*>(v.data()) + off;
+    view.count = v.size() - off / sizeof(T);
+  }
+  return view;
 }
 template <typename T>
-rust::Slice<uint8_t> MutableView(std::vector<T>& v) {
-  return {reinterpret_cast<uint8_t*>(v.data()), v.size() * sizeof(T)};
-}
-template <typename T>
-const uint8_t* Pointer(const std::vector<T>& v) {
-  return v.empty() ? nullptr : reinterpret_cast<const uint8_t*>(v.data());
-}
-template <typename T>
-uint8_t* MutablePointer(std::vector<T>& v) {
-  return v.empty() ? nullptr : reinterpret_cast<uint8_t*>(v.data());
+lsoftmax::MutableView MutableView(std::vector<T>& v, size_t off = 0) {
+  lsoftmax::MutableView view{};
+  if (!v.empty()) {
+    view.values = reinterpret_cast<uint8_t*>(v.data()) + off;
+    view.count = v.size() - off / sizeof(T);
+  }
+  return view;
 }
 
 // `--without-driver`: the test is for a machine that has none.

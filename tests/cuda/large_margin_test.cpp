@@ -124,52 +124,51 @@ class Layer {
     return out;
   }
   void CpuForward(Wanted wanted, Outcome<Dtype>* out) {
-    lsoftmax::MarginForward pass{};
-    pass.dtype = TypeOf<Dtype>();
-    pass.features = View(p_.x);
-    if (wanted.labels) { pass.labels = View(p_.labels); }
-    pass.weights = View(p_.w);
-    pass.logits = MutableView(out->logits);
-    pass.plain = MutableView(out->plain);
-    lsoftmax::forward(*rust_, CpuBlas(), pass);
+    wanted.x_off = wanted.w_off = false;
+    Forward(lsoftmax::Memory::Host, CpuBlas(), wanted, out);
   }
   void CpuBackward(Wanted wanted, Outcome<Dtype>* out) {
+    wanted.x_off = wanted.w_off = false;
+    Backward(lsoftmax::Memory::Host, CpuBlas(), wanted, out);
+  }
+  void GpuForward(Wanted wanted, Outcome<Dtype>* out) {
+    Forward(lsoftmax::Memory::Device, DeviceBlas(), wanted, out);
+  }
+  void GpuBackward(Wanted wanted, Outcome<Dtype>* out) {
+    Backward(lsoftmax::Memory::Device, DeviceBlas(), wanted, out);
+  }
+
+  // As the shim does.
+  void Forward(lsoftmax::Memory memory, const lsoftmax::Blas& blas,
+      Wanted wanted, Outcome<Dtype>* out) {
+    lsoftmax::MarginForward pass{};
+    pass.memory = memory;
+    pass.dtype = TypeOf<Dtype>();
+    pass.features = View(x_, At(wanted.x_off));
+    if (wanted.labels) { pass.labels = View(p_.labels); }
+    pass.weights = View(w_, At(wanted.w_off));
+    pass.logits = MutableView(out->logits);
+    pass.plain = MutableView(out->plain);
+    pass.scratch = MutableView(scratch_);
+    lsoftmax::forward(*rust_, blas, pass);
+  }
+  void Backward(lsoftmax::Memory memory, const lsoftmax::Blas& blas,
+      Wanted wanted, Outcome<Dtype>* out) {
     lsoftmax::MarginBackward pass{};
+    pass.memory = memory;
     pass.dtype = TypeOf<Dtype>();
     pass.logits_diff = MutableView(out->diff);
     if (wanted.plain_diff) { pass.plain_diff = View(p_.plain_g); }
-    pass.features = View(p_.x);
-    pass.weights = View(p_.w);
-    pass.features_diff = MutableView(out->dx);
-    pass.weights_diff = MutableView(out->dw);
-    lsoftmax::backward(*rust_, CpuBlas(), pass);
-  }
-  void GpuForward(Wanted wanted, Outcome<Dtype>* out) {
-    lsoftmax::DeviceMarginForward pass{};
-    pass.dtype = TypeOf<Dtype>();
-    pass.features = Pointer(x_) + At(wanted.x_off);
-    if (wanted.labels) { pass.labels = Pointer(p_.labels); }
-    pass.weights = Pointer(w_) + At(wanted.w_off);
-    pass.logits = MutablePointer(out->logits);
-    pass.plain = MutablePointer(out->plain);
-    pass.scratch = scratch_.data();
-    lsoftmax::forward_gpu(*rust_, blas_, pass);
-  }
-  void GpuBackward(Wanted wanted, Outcome<Dtype>* out) {
-    lsoftmax::DeviceMarginBackward pass{};
-    pass.dtype = TypeOf<Dtype>();
-    pass.logits_diff = MutablePointer(out->diff);
-    if (wanted.plain_diff) { pass.plain_diff = Pointer(p_.plain_g); }
-    pass.features = Pointer(x_) + At(wanted.x_off);
-    pass.weights = Pointer(w_) + At(wanted.w_off);
+    pass.features = View(x_, At(wanted.x_off));
+    pass.weights = View(w_, At(wanted.w_off));
     if (wanted.dx) {
-      pass.features_diff = MutablePointer(out->dx) + At(wanted.x_off);
+      pass.features_diff = MutableView(out->dx, At(wanted.x_off));
     }
     if (wanted.dw) {
-      pass.weights_diff = MutablePointer(out->dw) + At(wanted.w_off);
+      pass.weights_diff = MutableView(out->dw, At(wanted.w_off));
     }
-    pass.scratch = scratch_.data();
-    lsoftmax::backward_gpu(*rust_, blas_, pass);
+    pass.scratch = MutableView(scratch_);
+    lsoftmax::backward(*rust_, blas, pass);
   }
 
   // Bytes by which a blob is moved.
@@ -177,7 +176,6 @@ class Layer {
 
   const Problem<Dtype>& p_;
   RustLayer rust_;
-  DeviceBlas blas_;
   std::vector<uint8_t> scratch_;
   std::vector<Dtype> x_, w_;  // as the device has them
 };

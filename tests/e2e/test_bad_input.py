@@ -633,6 +633,18 @@ def test_bn_blobs_of_the_prototxt(tmp_path, blobs, words):
               BN_LAYER, *words)
 
 
+@pytest.mark.parametrize("names, words", [
+    ("wwww", ["slope and bias are one blob", "param"]),
+    ("sbmm", ["moving mean and moving inverse standard deviation are one"]),
+])
+def test_bn_blobs_of_one_name(tmp_path, names, words):
+    """All four have one shape, so Caffe lets them share."""
+    params = "".join('param { name: "%s" }' % name for name in names)
+    net_fails(tmp_path, bn_net("").replace("bn_param {", params +
+                                           " bn_param {"),
+              BN_LAYER, *words)
+
+
 @pytest.mark.parametrize("shape", [
     [16, 3], [16, 3, 5], [16, 3, 4, 5], [4, 3, 2, 2, 2], [1, 3, 4, 4],
     [16, 1], [1, 3]])

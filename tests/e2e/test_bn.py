@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 
+import caffe
 from caffe_e2e import (
     IP1, LOSS, assert_same_weights, data_layer, inner_product, read_weights,
     run_caffe, write_net, write_solver)
@@ -175,3 +177,38 @@ def test_the_channel_that_is_constant_is_named(data):
     log = train(data, text)
     said, = warnings(log)
     assert "channel 5 of a batch" in said
+
+
+def test_two_layers_share_their_blobs_by_name(tmp_path):
+    """As in a Siamese net: one slope and bias, and each branch moves on the
+    moving statistics."""
+    shared = "".join('param { name: "%s" }' % name for name in "sbmv")
+    path = write_net(tmp_path, """
+force_backward: true
+layer {
+  name: "x" type: "Input" top: "ip1" input_param { shape { dim: 6 dim: 3 } }
+}
+layer {
+  name: "twice" type: "Power" bottom: "ip1" top: "other"
+  power_param { power: 2 }
+}
+""" + bn(extra=shared) + bn(extra=shared).replace('"bn1"', '"bn2"').replace(
+        '"ip1"', '"other"'))
+    net = caffe.Net(str(path), caffe.TRAIN)
+    x = np.random.RandomState(1).randn(6, 3)
+    net.blobs["ip1"].data[...] = x
+    net.params["bn2"][0].data[...] = [[2, 3, 4]]
+    net.forward()
+    moving = np.zeros(3)
+    for top, values in (("bn1", x), ("bn2", x ** 2)):
+        x_hat = (values - values.mean(0)) / np.sqrt(values.var(0) + 1e-5)
+        np.testing.assert_allclose(net.blobs[top].data, x_hat * [2, 3, 4],
+                                   rtol=1e-4, atol=1e-5)
+        moving = 0.9 * moving + 0.1 * values.mean(0)
+    np.testing.assert_allclose(net.params["bn1"][2].data[0], moving,
+                               rtol=1e-5, atol=1e-6)
+    net.blobs["bn1"].diff[...] = 1
+    net.blobs["bn2"].diff[...] = 2
+    net.clear_param_diffs()
+    net.backward()
+    np.testing.assert_allclose(net.params["bn2"][1].diff, [[18, 18, 18]])

@@ -90,6 +90,13 @@ class BNLayer : public Layer<Dtype> {
       const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
 
  private:
+  // The passes, where Memory is: on the host, or on the device.
+  template <class Memory>
+  void ForwardIn(const vector<Blob<Dtype>*>& bottom,
+      const vector<Blob<Dtype>*>& top);
+  template <class Memory>
+  void BackwardIn(const vector<Blob<Dtype>*>& top,
+      const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
   // Whether a forward pass in place has to keep x_hat_ for the backward pass.
   bool KeepsXHat() const;
 

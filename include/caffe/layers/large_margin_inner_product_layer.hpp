@@ -142,11 +142,17 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   struct State;
   shared_ptr<State> state_;
 
+  // The passes, where Memory is: on the host, or on the device.
+  template <class Memory>
+  void ForwardIn(const vector<Blob<Dtype>*>& bottom,
+      const vector<Blob<Dtype>*>& top);
+  template <class Memory>
+  void BackwardIn(const vector<Blob<Dtype>*>& top,
+      const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
   void WarnOfMarginInTest(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
   void LogDiagnosis(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top) const;
-  void CheckPropagateDown(const vector<bool>& propagate_down) const;
 };
 
 }  // namespace caffe

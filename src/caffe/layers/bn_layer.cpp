@@ -11,17 +11,7 @@
 namespace caffe {
 
 using lsoftmax::CheckShape;
-using lsoftmax::Data;
-using lsoftmax::Diff;
 using lsoftmax::Fail;
-using lsoftmax::MutableData;
-using lsoftmax::MutableDiff;
-#ifndef CPU_ONLY
-using lsoftmax::GpuData;
-using lsoftmax::GpuDiff;
-using lsoftmax::MutableGpuData;
-using lsoftmax::MutableGpuDiff;
-#endif  // CPU_ONLY
 
 namespace {
 
@@ -51,9 +41,7 @@ struct BNLayer<Dtype>::State {
     const vector<int>& shape = bottom->shape();
     const lsoftmax::BnSizes sizes = lsoftmax::reshape(*rust,
         rust::Slice<const int32_t>(shape.data(), shape.size()));
-#ifndef CPU_ONLY
     scratch.Reshape(sizes.device_bytes);
-#endif  // CPU_ONLY
     return sizes.channels;
   }
 
@@ -73,10 +61,8 @@ struct BNLayer<Dtype>::State {
 
   rust::Box<lsoftmax::BatchNorm> rust;
   bool warned;
-#ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
-#endif  // CPU_ONLY
 };
 
 template <typename Dtype>
@@ -159,6 +145,14 @@ void BNLayer<Dtype>::Reshape(const vector<Blob<Dtype>*>& bottom,
   }
   for (int i = 0; i < kBlobs; ++i) {
     CheckShape(*this, kBlobNames[i], *this->blobs_[i], shape);
+    // A name that param gives twice makes two blobs one; they fit, unlike those
+    // of other layers, so Caffe does not mind.
+    for (int j = 0; j < i; ++j) {
+      if (this->blobs_[i]->data() == this->blobs_[j]->data()) {
+        Fail(*this, string(kBlobNames[j]) + " and " + kBlobNames[i]
+            + " are one blob: give each param of the layer a name of its own");
+      }
+    }
   }
   if (bottom[0] == top[0]) {
     // Takes memory only when it is first written.
@@ -176,25 +170,29 @@ bool BNLayer<Dtype>::KeepsXHat() const {
 }
 
 template <typename Dtype>
-void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
+template <class Memory>
+void BNLayer<Dtype>::ForwardIn(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
   Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
   Blob<Dtype>* inv_std = this->blobs_[kMovingInvStd].get();
-  const bool in_place = bottom[0] == top[0];
   lsoftmax::BnForward pass = lsoftmax::BnForward();
+  pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  if (!in_place) { pass.bottom = Data(bottom[0]); }
-  pass.slope = Data(this->blobs_[kSlope].get());
-  pass.bias = Data(this->blobs_[kBias].get());
+  pass.bottom = Memory::Data(bottom[0]);
+  pass.slope = Memory::Data(this->blobs_[kSlope].get());
+  pass.bias = Memory::Data(this->blobs_[kBias].get());
   if (state_->rust->by_batch()) {
-    pass.update_mean = MutableData(mean);
-    pass.update_inv_std = MutableData(inv_std);
+    pass.update_mean = Memory::MutableData(mean);
+    pass.update_inv_std = Memory::MutableData(inv_std);
   } else {
-    pass.moving_mean = Data(mean);
-    pass.moving_inv_std = Data(inv_std);
+    pass.moving_mean = Memory::Data(mean);
+    pass.moving_inv_std = Memory::Data(inv_std);
   }
-  pass.top = MutableData(top[0]);
-  if (in_place && KeepsXHat()) { pass.x_hat = MutableData(&x_hat_); }
+  pass.top = Memory::MutableData(top[0]);
+  if (bottom[0] == top[0] && KeepsXHat()) {
+    pass.x_hat = Memory::MutableData(&x_hat_);
+  }
+  pass.scratch = Memory::Of(&state_->scratch);
   try {
     lsoftmax::forward(*state_->rust, pass);
     state_->WarnOfConstantChannel(*this);
@@ -204,32 +202,46 @@ void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
 }
 
 template <typename Dtype>
-void BNLayer<Dtype>::Backward_cpu(const vector<Blob<Dtype>*>& top,
+template <class Memory>
+void BNLayer<Dtype>::BackwardIn(const vector<Blob<Dtype>*>& top,
     const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom) {
   Blob<Dtype>* slope = this->blobs_[kSlope].get();
   Blob<Dtype>* bias = this->blobs_[kBias].get();
-  const bool in_place = bottom[0] == top[0];
   lsoftmax::BnBackward pass = lsoftmax::BnBackward();
+  pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  if (propagate_down[0]) { pass.bottom_diff = MutableDiff(bottom[0]); }
-  if (!in_place || !propagate_down[0]) { pass.top_diff = Diff(top[0]); }
-  if (!in_place) {
-    pass.x = Data(bottom[0]);
+  pass.top_diff = Memory::Diff(top[0]);
+  if (bottom[0] != top[0]) {
+    pass.x = Memory::Data(bottom[0]);
   } else if (KeepsXHat()) {
-    pass.x = Data(&x_hat_);
+    pass.x = Memory::Data(&x_hat_);
   }
-  pass.slope = Data(slope);
+  pass.slope = Memory::Data(slope);
+  if (propagate_down[0]) { pass.bottom_diff = Memory::MutableDiff(bottom[0]); }
   if (this->param_propagate_down_[kSlope]) {
-    pass.slope_diff = MutableDiff(slope);
+    pass.slope_diff = Memory::MutableDiff(slope);
   }
   if (this->param_propagate_down_[kBias]) {
-    pass.bias_diff = MutableDiff(bias);
+    pass.bias_diff = Memory::MutableDiff(bias);
   }
+  pass.scratch = Memory::Of(&state_->scratch);
   try {
     lsoftmax::backward(*state_->rust, pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
+}
+
+template <typename Dtype>
+void BNLayer<Dtype>::Forward_cpu(const vector<Blob<Dtype>*>& bottom,
+    const vector<Blob<Dtype>*>& top) {
+  ForwardIn<lsoftmax::HostMemory>(bottom, top);
+}
+
+template <typename Dtype>
+void BNLayer<Dtype>::Backward_cpu(const vector<Blob<Dtype>*>& top,
+    const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom) {
+  BackwardIn<lsoftmax::HostMemory>(top, propagate_down, bottom);
 }
 
 #ifdef CPU_ONLY
@@ -238,58 +250,13 @@ STUB_GPU(BNLayer);
 template <typename Dtype>
 void BNLayer<Dtype>::Forward_gpu(const vector<Blob<Dtype>*>& bottom,
     const vector<Blob<Dtype>*>& top) {
-  Blob<Dtype>* mean = this->blobs_[kMovingMean].get();
-  Blob<Dtype>* inv_std = this->blobs_[kMovingInvStd].get();
-  lsoftmax::DeviceBnForward pass = lsoftmax::DeviceBnForward();
-  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.bottom = GpuData(bottom[0]);
-  pass.slope = GpuData(this->blobs_[kSlope].get());
-  pass.bias = GpuData(this->blobs_[kBias].get());
-  if (state_->rust->by_batch()) {
-    pass.update_mean = MutableGpuData(mean);
-    pass.update_inv_std = MutableGpuData(inv_std);
-  } else {
-    pass.moving_mean = GpuData(mean);
-    pass.moving_inv_std = GpuData(inv_std);
-  }
-  pass.top = MutableGpuData(top[0]);
-  if (bottom[0] == top[0] && KeepsXHat()) {
-    pass.x_hat = MutableGpuData(&x_hat_);
-  }
-  pass.scratch = state_->scratch.gpu_data();
-  try {
-    lsoftmax::forward_gpu(*state_->rust, pass);
-    state_->WarnOfConstantChannel(*this);
-  } catch (const rust::Error& error) {
-    Fail(*this, error.what());
-  }
+  ForwardIn<lsoftmax::DeviceMemory>(bottom, top);
 }
 
 template <typename Dtype>
 void BNLayer<Dtype>::Backward_gpu(const vector<Blob<Dtype>*>& top,
     const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom) {
-  Blob<Dtype>* slope = this->blobs_[kSlope].get();
-  Blob<Dtype>* bias = this->blobs_[kBias].get();
-  const bool has_x_hat = bottom[0] == top[0] && KeepsXHat();
-  const bool learns = !state_->rust->frozen();
-  lsoftmax::DeviceBnBackward pass = lsoftmax::DeviceBnBackward();
-  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.top_diff = GpuDiff(top[0]);
-  pass.x = GpuData(has_x_hat ? &x_hat_ : bottom[0]);
-  pass.slope = GpuData(slope);
-  if (propagate_down[0]) { pass.bottom_diff = MutableGpuDiff(bottom[0]); }
-  if (learns && this->param_propagate_down_[kSlope]) {
-    pass.slope_diff = MutableGpuDiff(slope);
-  }
-  if (learns && this->param_propagate_down_[kBias]) {
-    pass.bias_diff = MutableGpuDiff(bias);
-  }
-  pass.scratch = state_->scratch.gpu_data();
-  try {
-    lsoftmax::backward_gpu(*state_->rust, pass);
-  } catch (const rust::Error& error) {
-    Fail(*this, error.what());
-  }
+  BackwardIn<lsoftmax::DeviceMemory>(top, propagate_down, bottom);
 }
 #endif  // CPU_ONLY
 

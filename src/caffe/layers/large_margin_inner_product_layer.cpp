@@ -9,23 +9,12 @@
 #include "caffe/layers/large_margin_inner_product_layer.hpp"
 #include "caffe/util/format.hpp"
 #include "lsoftmax/blobs.hpp"
-#include "lsoftmax/caffe_blas.hpp"
 
 namespace caffe {
 
 using lsoftmax::CheckShape;
-using lsoftmax::Data;
-using lsoftmax::Diff;
 using lsoftmax::Fail;
 using lsoftmax::HasDiff;
-using lsoftmax::MutableData;
-using lsoftmax::MutableDiff;
-#ifndef CPU_ONLY
-using lsoftmax::GpuData;
-using lsoftmax::GpuDiff;
-using lsoftmax::MutableGpuData;
-using lsoftmax::MutableGpuDiff;
-#endif  // CPU_ONLY
 
 namespace {
 
@@ -59,17 +48,13 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
         rust::Slice<const int32_t>(features.data(), features.size()),
         has_labels, rust::Slice<const int32_t>(labels.data(), labels.size()));
-#ifndef CPU_ONLY
     scratch.Reshape(sizes.device_bytes);
-#endif  // CPU_ONLY
     return sizes;
   }
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
-#ifndef CPU_ONLY
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
-#endif  // CPU_ONLY
 };
 
 template <typename Dtype>
@@ -177,17 +162,20 @@ void LargeMarginInnerProductLayer<Dtype>::Reshape(
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
+template <class Memory>
+void LargeMarginInnerProductLayer<Dtype>::ForwardIn(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
   lsoftmax::MarginForward pass = lsoftmax::MarginForward();
+  pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.features = Data(bottom[0]);
-  if (bottom.size() > 1) { pass.labels = Data(bottom[1]); }
-  pass.weights = Data(this->blobs_[0].get());
-  pass.logits = MutableData(top[0]);
-  if (top.size() > 2) { pass.plain = MutableData(top[2]); }
+  pass.features = Memory::Data(bottom[0]);
+  if (bottom.size() > 1) { pass.labels = Memory::Data(bottom[1]); }
+  pass.weights = Memory::Data(this->blobs_[0].get());
+  pass.logits = Memory::MutableData(top[0]);
+  if (top.size() > 2) { pass.plain = Memory::MutableData(top[2]); }
+  pass.scratch = Memory::Of(&state_->scratch);
   try {
-    lsoftmax::forward(*state_->rust, lsoftmax::CpuBlas(), pass);
+    lsoftmax::forward(*state_->rust, typename Memory::Blas(), pass);
   } catch (const rust::Error& error) {
     Fail(*this, error.what());
   }
@@ -208,12 +196,13 @@ void LargeMarginInnerProductLayer<Dtype>::LogDiagnosis(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) const {
   if (!state_->rust->diagnosis_is_due()) { return; }
   // In GPU mode, this is where the host waits for the device.
+  typedef lsoftmax::HostMemory Memory;
   lsoftmax::MarginDiagnosis pass = lsoftmax::MarginDiagnosis();
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.features = Data(bottom[0]);
-  pass.labels = Data(bottom[1]);
-  pass.weights = Data(this->blobs_[0].get());
-  pass.logits = Data(top[0]);
+  pass.features = Memory::Data(bottom[0]);
+  pass.labels = Memory::Data(bottom[1]);
+  pass.weights = Memory::Data(this->blobs_[0].get());
+  pass.logits = Memory::Data(top[0]);
   string line;
   try {
     line = std::string(lsoftmax::diagnose(*state_->rust, pass));
@@ -225,34 +214,48 @@ void LargeMarginInnerProductLayer<Dtype>::LogDiagnosis(
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::CheckPropagateDown(
-    const vector<bool>& propagate_down) const {
+template <class Memory>
+void LargeMarginInnerProductLayer<Dtype>::BackwardIn(
+    const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
+    const vector<Blob<Dtype>*>& bottom) {
   if (propagate_down.size() > 1 && propagate_down[1]) {
     Fail(*this, "cannot backpropagate to label inputs");
   }
+  Blob<Dtype>* weight = this->blobs_[0].get();
+  lsoftmax::MarginBackward pass = lsoftmax::MarginBackward();
+  pass.memory = Memory::value;
+  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
+  pass.logits_diff = Memory::MutableDiff(top[0]);
+  if (top.size() > 2 && HasDiff(top[2])) {
+    pass.plain_diff = Memory::Diff(top[2]);
+  }
+  pass.features = Memory::Data(bottom[0]);
+  pass.weights = Memory::Data(weight);
+  if (propagate_down[0]) {
+    pass.features_diff = Memory::MutableDiff(bottom[0]);
+  }
+  if (this->param_propagate_down_[0]) {
+    pass.weights_diff = Memory::MutableDiff(weight);
+  }
+  pass.scratch = Memory::Of(&state_->scratch);
+  try {
+    lsoftmax::backward(*state_->rust, typename Memory::Blas(), pass);
+  } catch (const rust::Error& error) {
+    Fail(*this, error.what());
+  }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::Forward_cpu(
+    const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
+  ForwardIn<lsoftmax::HostMemory>(bottom, top);
 }
 
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Backward_cpu(
     const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
     const vector<Blob<Dtype>*>& bottom) {
-  CheckPropagateDown(propagate_down);
-  Blob<Dtype>* weight = this->blobs_[0].get();
-  lsoftmax::MarginBackward pass = lsoftmax::MarginBackward();
-  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.logits_diff = MutableDiff(top[0]);
-  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = Diff(top[2]); }
-  pass.features = Data(bottom[0]);
-  pass.weights = Data(weight);
-  if (propagate_down[0]) { pass.features_diff = MutableDiff(bottom[0]); }
-  if (this->param_propagate_down_[0]) {
-    pass.weights_diff = MutableDiff(weight);
-  }
-  try {
-    lsoftmax::backward(*state_->rust, lsoftmax::CpuBlas(), pass);
-  } catch (const rust::Error& error) {
-    Fail(*this, error.what());
-  }
+  BackwardIn<lsoftmax::HostMemory>(top, propagate_down, bottom);
 }
 
 #ifdef CPU_ONLY
@@ -261,45 +264,14 @@ STUB_GPU(LargeMarginInnerProductLayer);
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Forward_gpu(
     const vector<Blob<Dtype>*>& bottom, const vector<Blob<Dtype>*>& top) {
-  lsoftmax::DeviceMarginForward pass = lsoftmax::DeviceMarginForward();
-  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.features = GpuData(bottom[0]);
-  if (bottom.size() > 1) { pass.labels = GpuData(bottom[1]); }
-  pass.weights = GpuData(this->blobs_[0].get());
-  pass.logits = MutableGpuData(top[0]);
-  if (top.size() > 2) { pass.plain = MutableGpuData(top[2]); }
-  pass.scratch = state_->scratch.gpu_data();
-  try {
-    lsoftmax::forward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
-  } catch (const rust::Error& error) {
-    Fail(*this, error.what());
-  }
-  WriteLambda(top);
-  LogDiagnosis(bottom, top);
+  ForwardIn<lsoftmax::DeviceMemory>(bottom, top);
 }
 
 template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::Backward_gpu(
     const vector<Blob<Dtype>*>& top, const vector<bool>& propagate_down,
     const vector<Blob<Dtype>*>& bottom) {
-  CheckPropagateDown(propagate_down);
-  Blob<Dtype>* weight = this->blobs_[0].get();
-  lsoftmax::DeviceMarginBackward pass = lsoftmax::DeviceMarginBackward();
-  pass.dtype = lsoftmax::TypeOf<Dtype>::value;
-  pass.logits_diff = MutableGpuDiff(top[0]);
-  if (top.size() > 2 && HasDiff(top[2])) { pass.plain_diff = GpuDiff(top[2]); }
-  pass.features = GpuData(bottom[0]);
-  pass.weights = GpuData(weight);
-  if (propagate_down[0]) { pass.features_diff = MutableGpuDiff(bottom[0]); }
-  if (this->param_propagate_down_[0]) {
-    pass.weights_diff = MutableGpuDiff(weight);
-  }
-  pass.scratch = state_->scratch.gpu_data();
-  try {
-    lsoftmax::backward_gpu(*state_->rust, lsoftmax::GpuBlas(), pass);
-  } catch (const rust::Error& error) {
-    Fail(*this, error.what());
-  }
+  BackwardIn<lsoftmax::DeviceMemory>(top, propagate_down, bottom);
 }
 #endif  // CPU_ONLY
 

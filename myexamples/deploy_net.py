@@ -126,10 +126,6 @@ class Graph:
         self.pb, self.path, self.phase = pb, path, phase
         other = {"TEST": "TRAIN", "TRAIN": "TEST"}[phase]
         self.notes = []
-        if net.layers:
-            raise UserError("%s is in the format of before 2015 (layers { "
-                            "... }): upgrade it with Caffe's "
-                            "build/tools/upgrade_net_proto_text" % path)
         if not net.layer:
             raise UserError("%s has no layers" % path)
         state = pb.NetState()

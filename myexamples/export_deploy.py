@@ -242,7 +242,7 @@ def export(caffe, pb, args):
     prototxt = os.path.join(args.output, "deploy.prototxt")
     caffemodel = os.path.join(args.output, "deploy.caffemodel")
     caffe_model.check_free([prototxt, caffemodel], args.force)
-    source = caffe_proto.read_text(args.net, pb.NetParameter())
+    source = caffe_proto.read_net(pb, args.net)
     weights = caffe_model.read(pb, args.model)
     graph = Graph(pb, source, args.net)
     graph.strip()

@@ -33,19 +33,6 @@ def load_pycaffe():
     return caffe
 
 
-def read_net(pb, path):
-    """The NetParameter at path."""
-    return check_net(caffe_proto.read_text(path, pb.NetParameter()), path)
-
-
-def check_net(net, path):
-    """net, if it is in today's format."""
-    if net.layers:
-        raise UserError("%s is in an old format: convert it with Caffe's "
-                        "build/tools/upgrade_net_proto_text" % path)
-    return net
-
-
 def cut(pb, net, blobs, path):
     """A copy of net in the TEST phase with the layers that blobs need.
 
@@ -256,7 +243,8 @@ class Extractor:
     def __init__(self, pb, caffe, net_path, model, blob, batch=64):
         self.pb, self.caffe = pb, caffe
         self.path, self.blob, self.batch = net_path, blob, batch
-        self.param = cut(pb, read_net(pb, net_path), [blob], net_path)
+        self.param = cut(pb, caffe_proto.read_net(pb, net_path), [blob],
+                         net_path)
         self.source, self.input = _only_source(self.param, net_path, blob)
         self.weights = caffe_model.read(pb, model)
         self.preprocessing = Preprocessing.of_layer(pb, self.source)

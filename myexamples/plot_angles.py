@@ -58,27 +58,35 @@ def parse_args():
 
 def read(pb, path):
     """(NetParameter, test_iter or None) of a solver or a net."""
-    from google.protobuf import text_format
     try:
-        with open(path) as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("cannot read %s: %s" % (path, error))
+        return caffe_proto.read_net(pb, path), None
+    except UserError as error:
+        as_net = error
     try:
-        net = text_format.Parse(text, pb.NetParameter())
-        return features.check_net(net, path), None
-    except text_format.ParseError as error:
-        if re.search(r"(?m)^\s*layers?\s*[:{]", text):
-            raise UserError("%s:%s" % (path, error))
-    # No net, so what is wrong with it as a solver is of interest.
-    solver, net = caffe_proto.read_solver(pb, path)
+        solver, net = caffe_proto.read_solver(pb, path)
+    except UserError:
+        # Of what is neither, the error of what it looks like is of interest.
+        if is_like_net(path):
+            raise as_net
+        raise
     if solver.test_net or solver.test_net_param:
         if solver.test_net_param:
             net = solver.test_net_param[0]
         else:
-            net = features.read_net(pb, found(solver.test_net[0]))
-    return (features.check_net(net, path),
-            solver.test_iter[0] if solver.test_iter else None)
+            net = caffe_proto.read_net(pb, found(solver.test_net[0]))
+    caffe_proto.check_upgraded(net, path)
+    return net, solver.test_iter[0] if solver.test_iter else None
+
+
+def is_like_net(path):
+    """Whether a prototxt has layers, and not as a part of a solver."""
+    try:
+        with open(path) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return "net_param" not in text and bool(
+        re.search(r"(?m)^\s*layers?\s*[:{]", text))
 
 
 def found(path):

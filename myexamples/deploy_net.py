@@ -505,6 +505,22 @@ class Graph:
         second.blobs = [slope, bias]
         return [first, second]
 
+    def spell_out(self):
+        """Writes in one way what other programs read in another than Caffe.
+
+        OpenCV passes over `transpose`, and has another alpha for LRN where
+        none is written.
+        """
+        for node in self.nodes:
+            if node.type == "InnerProduct":
+                param = node.layer.inner_product_param
+                if param.transpose:
+                    node.blobs[0] = node.blobs[0].T
+                param.ClearField("transpose")
+            elif node.type == "LRN":
+                param = node.layer.lrn_param
+                param.alpha = param.alpha
+
     # ---- Back to prototxt ----
 
     def net(self, name, for_deploy):

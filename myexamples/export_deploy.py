@@ -263,6 +263,7 @@ def export(caffe, pb, args):
                 model_of(pb, graph, reference).SerializeToString()))
         before = {node.name: node.type for node in graph.nodes}
         graph.replace_plugin(args.fold == "bn", blobs)
+        graph.spell_out()
         net = graph.net(source.name, for_deploy=True)
         model = model_of(pb, graph, net).SerializeToString()
         report(graph, before)

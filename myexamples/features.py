@@ -196,10 +196,21 @@ class Preprocessing:
 
     def read(self, path):
         """The image file at path, of the right size and channels."""
-        from PIL import Image
+        from PIL import Image, ImageOps
         try:
             with Image.open(path) as image:
+                # As OpenCV does, with which Caffe reads: PIL by itself leaves
+                # a photo lying, and makes 255 of all beyond in 16 bits.
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):
+                    image = Image.fromarray(
+                        (np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode == "F":
+                    raise UserError("cannot read the image %s: its pixels are "
+                                    "no bytes" % path)
                 image = image.convert("L" if self.channels == 1 else "RGB")
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError("no such image: %s" % path)
         except Exception as error:  # PIL has no one error for broken files

@@ -115,7 +115,8 @@ def read_pairs(path, root=None, extension="jpg"):
     """The Pairs of a list in one of the two forms."""
     root = os.path.dirname(path) if root is None else root
     try:
-        with open(path) as file:
+        # Editors of Windows begin a file with a mark, which is no name's.
+        with open(path, encoding="utf-8-sig") as file:
             lines = [(number, line.strip("\r\n"))
                      for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

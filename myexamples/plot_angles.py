@@ -15,16 +15,15 @@ import argparse
 import os
 import re
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-import caffe_model  # noqa: E402
-import caffe_proto  # noqa: E402
-import features  # noqa: E402
-import runs  # noqa: E402
-from caffe_proto import ROOT, UserError, user_errors  # noqa: E402
+import caffe_model
+import caffe_proto
+import features
+import figures
+import runs
+from caffe_proto import ROOT, UserError, user_errors
 
 BATCHES = 100
 
@@ -255,12 +254,8 @@ def run(args):
                   "", np.median(angles.own), np.median(angles.other),
                   np.median(angles.gap())), flush=True)
         del trained
-    try:
-        draw(panels, args.title or os.path.basename(args.net)).savefig(
-            output, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError("cannot write %s: %s" % (output, error))
-    print("plot: %s" % output)
+    figures.save(draw(panels, args.title or os.path.basename(args.net)),
+                 output)
 
 
 def main():

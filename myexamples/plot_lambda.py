@@ -261,9 +261,11 @@ def warnings(descent, asked=0.0):
         why = ""
         if param.gamma == 0 or param.power == 0:
             why = " (gamma and power must both be above 0 for a descent)"
+        if param.lambda_min:
+            why += ", above its lambda_min of %.4g" % param.lambda_min
         return ["lambda is still %.4g at the end%s: the margin has a weight "
-                "of only %.2g; let it fall faster, or set lambda_min if this "
-                "is meant" % (last, why, 1 / (1 + last))]
+                "of only %.2g; let it fall faster, or set lambda_min to that "
+                "if this is meant" % (last, why, 1 / (1 + last))]
     fell = descent.first_below(HALF)
     # One that goes on by hand has its descent behind it.
     if fell is not None and fell < EARLY and not param.iteration:

@@ -178,12 +178,19 @@ def read_rows(lines, on_other=None):
             if values:
                 margins[margin[1]] = {"pass": int(margin[2]), **values}
         else:
-            if "] Initializing solver" in line:
-                margins = {}  # of a training that was cut short
+            if begins(line):
+                if row:
+                    yield row
+                row, margins = None, {}  # of a training that was cut short
             if on_other:
                 on_other(line)
     if row:
         yield row
+
+
+def begins(line):
+    """Whether a line is the first of a training's."""
+    return "] Initializing solver from parameters" in line
 
 
 def snapshot(line):
@@ -238,7 +245,7 @@ class Head:
         """Takes a line that is part of no row."""
         if _TIME.match(line):
             self._path = []
-            if "] Initializing solver from parameters" in line:
+            if begins(line):
                 self._part = "solver"
                 self.solver, self.layers = {}, []
             elif ("] Initializing net from parameters" in line
@@ -298,8 +305,10 @@ class History:
                 continue
             rows = (self.train if row.kind == "train"
                     else self.tests.setdefault(row.net, []))
-            while rows and rows[-1].iteration >= row.iteration:
-                rows.pop()
+            for others in [self.train, *self.tests.values()]:
+                while others and others[-1].iteration >= row.iteration + (
+                        others is not rows):
+                    others.pop()
             rows.append(row)
 
     @property

@@ -69,12 +69,6 @@ def array_of(blob, where):
     return np.fromiter(values, dtype, count).reshape(shape)
 
 
-def is_legacy(blob):
-    """Whether a BlobProto has the old four dimensions, not a shape."""
-    return any(blob.HasField(name)
-               for name in ("num", "channels", "height", "width"))
-
-
 def set_array(blob, array):
     """Makes a BlobProto hold an array, in its own type."""
     doubles = array.dtype == np.float64

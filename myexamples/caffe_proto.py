@@ -93,6 +93,31 @@ def read_text(path, message):
     return message
 
 
+def check_upgraded(net, path):
+    """Raises UserError where a net is in the format of before 2015."""
+    if net.layers:
+        raise UserError("%s is in the format of before 2015 (layers { ... }): "
+                        "upgrade it with Caffe's build/tools/"
+                        "upgrade_net_proto_text" % path)
+
+
+def read_net(pb, path):
+    """The NetParameter at path."""
+    try:
+        net = read_text(path, pb.NetParameter())
+    except UserError:
+        try:
+            read_text(path, pb.SolverParameter())
+        except UserError:
+            pass
+        else:
+            raise UserError("%s is a solver: give a net, such as the one that "
+                            "it names" % path)
+        raise
+    check_upgraded(net, path)
+    return net
+
+
 def read_solver(pb, path):
     """The SolverParameter at path and its NetParameter."""
     try:
@@ -119,7 +144,8 @@ def read_solver(pb, path):
     for net in tried:
         if os.path.exists(net):
             return solver, read_text(net, pb.NetParameter())
-    raise UserError("%s names the net %s, which is not there" % (path, name))
+    raise UserError("%s names the net %s, which is not there: run this in the "
+                    "folder that Caffe runs in" % (path, name))
 
 
 def in_phase(pb, net, layer, phase):

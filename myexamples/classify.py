@@ -6,8 +6,8 @@
 FOLDER is one of export_deploy.py's; the net's transform is taken from the
 comments in its deploy.prototxt. An IMAGE is a file of a picture, or an image
 of a file in MNIST's format, counted from 0: t10k-images-idx3-ubyte:7. For
-each a line names the class and its probability, and the label where MNIST's
-labels lie beside the images.
+each a line names the class and its probability (its score where the net does
+not end in a Softmax), and the label where MNIST's labels lie beside the images.
 """
 import argparse
 import os
@@ -16,6 +16,7 @@ import struct
 
 import numpy as np
 
+from caffe_model import read_bytes, text
 from caffe_proto import UserError, user_errors
 
 
@@ -33,10 +34,10 @@ def read_transform(prototxt):
     blobFromImage, whether the images are gray, and the crop or None."""
     try:
         with open(prototxt) as file:
-            text = file.read()
+            head = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("cannot read %s: %s" % (prototxt, error))
-    said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", text))
+    said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
     try:
         transform = {
             "scalefactor": float(said["scalefactor"]),
@@ -54,11 +55,7 @@ def read_transform(prototxt):
 
 def read_idx(path, magic, header):
     """A file in MNIST's format: its sizes, its numbers."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    data = read_bytes(path)
     if len(data) < header or struct.unpack(">i", data[:4])[0] != magic:
         raise UserError("%s is not in MNIST's format" % path)
     sizes = struct.unpack(">%di" % (header // 4 - 1), data[4:header])
@@ -81,10 +78,13 @@ def read_image(cv2, name, gray):
             label = int(read_idx(labels, 2049, 8)[number])
         return image if gray else cv2.cvtColor(
             image, cv2.COLOR_GRAY2BGR), label
-    image = cv2.imread(name, cv2.IMREAD_GRAYSCALE if gray
-                       else cv2.IMREAD_COLOR)
+    data = np.frombuffer(read_bytes(name), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE if gray
+                         else cv2.IMREAD_COLOR) if data.size else None
     if image is None:
-        raise UserError("cannot read the image %s" % name)
+        raise UserError("cannot read the image %s: %s" % (
+            name, "OpenCV does not know its format, or it is broken"
+            if data.size else "it is empty"))
     return image, None
 
 
@@ -112,14 +112,21 @@ def run(args):
     except cv2.error as error:
         raise UserError("OpenCV cannot read %s: %s" % (
             args.folder, str(error).strip().splitlines()[0]))
+    last = net.getLayerNames()[-1]
+    word = ("probability" if net.getLayer(net.getLayerId(last)).type ==
+            "Softmax" else "score")
     for name in args.images:
         image, label = read_image(cv2, name, gray)
         if crop:
             image = middle(image, crop, name)
         net.setInput(cv2.dnn.blobFromImage(image, **transform))
-        scores = net.forward().ravel()
-        print("OpenCV %s on %s: class %d (probability %.3f)%s" % (
-            cv2.__version__, os.path.basename(name), scores.argmax(),
+        made = net.forward()
+        scores = made.ravel()
+        if made.shape[:2] != (1, made.size):
+            raise UserError("'%s' of the net has the shape %s: no score for "
+                            "each class" % (last, text(made.shape)))
+        print("OpenCV %s on %s: class %d (%s %.3f)%s" % (
+            cv2.__version__, os.path.basename(name), scores.argmax(), word,
             scores.max(), "" if label is None else ", label %d" % label))
 
 

@@ -192,7 +192,10 @@ are_official() {
 
 # last_snapshot DIR: the solver state of DIR with the most iterations, if any,
 # of those that are whole.
-last_snapshot() { "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1"; }
+last_snapshot() {
+  [ -z "$(find "$1" -name '*_iter_*.solverstate*' -print -quit)" ] ||
+    "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1"
+}
 
 # is_whole MODEL: whether that .caffemodel is there and not cut short.
 is_whole() {

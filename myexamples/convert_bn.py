@@ -228,7 +228,7 @@ class Chooser:
                      else "BN")
         self.net = None
         if args.net:
-            self.net = caffe_proto.read_text(args.net, pb.NetParameter()).layer
+            self.net = caffe_proto.read_net(pb, args.net).layer
         self.model_layers = model_layers
         self.eps = {}
         for layers in (model_layers, self.net):

@@ -126,10 +126,6 @@ class Graph:
         self.pb, self.path, self.phase = pb, path, phase
         other = {"TEST": "TRAIN", "TRAIN": "TEST"}[phase]
         self.notes = []
-        if net.layers:
-            raise UserError("%s is in the format of before 2015 (layers { "
-                            "... }): upgrade it with Caffe's "
-                            "build/tools/upgrade_net_proto_text" % path)
         if not net.layer:
             raise UserError("%s has no layers" % path)
         state = pb.NetState()
@@ -508,6 +504,22 @@ class Graph:
         second = Node(scale, [middle], node.tops)
         second.blobs = [slope, bias]
         return [first, second]
+
+    def spell_out(self):
+        """Writes in one way what other programs read in another than Caffe.
+
+        OpenCV passes over `transpose`, and has another alpha for LRN where
+        none is written.
+        """
+        for node in self.nodes:
+            if node.type == "InnerProduct":
+                param = node.layer.inner_product_param
+                if param.transpose:
+                    node.blobs[0] = node.blobs[0].T
+                param.ClearField("transpose")
+            elif node.type == "LRN":
+                param = node.layer.lrn_param
+                param.alpha = param.alpha
 
     # ---- Back to prototxt ----
 

@@ -242,7 +242,7 @@ def export(caffe, pb, args):
     prototxt = os.path.join(args.output, "deploy.prototxt")
     caffemodel = os.path.join(args.output, "deploy.caffemodel")
     caffe_model.check_free([prototxt, caffemodel], args.force)
-    source = caffe_proto.read_text(args.net, pb.NetParameter())
+    source = caffe_proto.read_net(pb, args.net)
     weights = caffe_model.read(pb, args.model)
     graph = Graph(pb, source, args.net)
     graph.strip()
@@ -263,6 +263,7 @@ def export(caffe, pb, args):
                 model_of(pb, graph, reference).SerializeToString()))
         before = {node.name: node.type for node in graph.nodes}
         graph.replace_plugin(args.fold == "bn", blobs)
+        graph.spell_out()
         net = graph.net(source.name, for_deploy=True)
         model = model_of(pb, graph, net).SerializeToString()
         report(graph, before)

@@ -33,19 +33,6 @@ def load_pycaffe():
     return caffe
 
 
-def read_net(pb, path):
-    """The NetParameter at path."""
-    return check_net(caffe_proto.read_text(path, pb.NetParameter()), path)
-
-
-def check_net(net, path):
-    """net, if it is in today's format."""
-    if net.layers:
-        raise UserError("%s is in an old format: convert it with Caffe's "
-                        "build/tools/upgrade_net_proto_text" % path)
-    return net
-
-
 def cut(pb, net, blobs, path):
     """A copy of net in the TEST phase with the layers that blobs need.
 
@@ -209,10 +196,21 @@ class Preprocessing:
 
     def read(self, path):
         """The image file at path, of the right size and channels."""
-        from PIL import Image
+        from PIL import Image, ImageOps
         try:
             with Image.open(path) as image:
+                # As OpenCV does, with which Caffe reads: PIL by itself leaves
+                # a photo lying, and makes 255 of all beyond in 16 bits.
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):
+                    image = Image.fromarray(
+                        (np.asarray(image) >> 8).astype(np.uint8))
+                elif image.mode == "F":
+                    raise UserError("cannot read the image %s: its pixels are "
+                                    "no bytes" % path)
                 image = image.convert("L" if self.channels == 1 else "RGB")
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError("no such image: %s" % path)
         except Exception as error:  # PIL has no one error for broken files
@@ -256,7 +254,8 @@ class Extractor:
     def __init__(self, pb, caffe, net_path, model, blob, batch=64):
         self.pb, self.caffe = pb, caffe
         self.path, self.blob, self.batch = net_path, blob, batch
-        self.param = cut(pb, read_net(pb, net_path), [blob], net_path)
+        self.param = cut(pb, caffe_proto.read_net(pb, net_path), [blob],
+                         net_path)
         self.source, self.input = _only_source(self.param, net_path, blob)
         self.weights = caffe_model.read(pb, model)
         self.preprocessing = Preprocessing.of_layer(pb, self.source)

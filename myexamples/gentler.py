@@ -47,11 +47,8 @@ def iteration_of(state):
 
 def is_whole(pb, state):
     """Whether a solver state and its model are there and not cut short."""
-    if state.endswith(".h5"):
-        return os.path.exists(state) and os.path.exists(
-            state.replace(".solverstate.h5", ".caffemodel.h5"))
     try:
-        snapshots.check_state(pb, state, os.curdir)
+        snapshots.check_state(pb, state)
         return True
     except UserError:
         return False

@@ -15,16 +15,15 @@ import argparse
 import os
 import re
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-import caffe_model  # noqa: E402
-import caffe_proto  # noqa: E402
-import features  # noqa: E402
-import runs  # noqa: E402
-from caffe_proto import ROOT, UserError, user_errors  # noqa: E402
+import caffe_model
+import caffe_proto
+import features
+import figures
+import runs
+from caffe_proto import ROOT, UserError, user_errors
 
 BATCHES = 100
 
@@ -58,27 +57,35 @@ def parse_args():
 
 def read(pb, path):
     """(NetParameter, test_iter or None) of a solver or a net."""
-    from google.protobuf import text_format
     try:
-        with open(path) as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("cannot read %s: %s" % (path, error))
+        return caffe_proto.read_net(pb, path), None
+    except UserError as error:
+        as_net = error
     try:
-        net = text_format.Parse(text, pb.NetParameter())
-        return features.check_net(net, path), None
-    except text_format.ParseError as error:
-        if re.search(r"(?m)^\s*layers?\s*[:{]", text):
-            raise UserError("%s:%s" % (path, error))
-    # No net, so what is wrong with it as a solver is of interest.
-    solver, net = caffe_proto.read_solver(pb, path)
+        solver, net = caffe_proto.read_solver(pb, path)
+    except UserError:
+        # Of what is neither, the error of what it looks like is of interest.
+        if is_like_net(path):
+            raise as_net
+        raise
     if solver.test_net or solver.test_net_param:
         if solver.test_net_param:
             net = solver.test_net_param[0]
         else:
-            net = features.read_net(pb, found(solver.test_net[0]))
-    return (features.check_net(net, path),
-            solver.test_iter[0] if solver.test_iter else None)
+            net = caffe_proto.read_net(pb, found(solver.test_net[0]))
+    caffe_proto.check_upgraded(net, path)
+    return net, solver.test_iter[0] if solver.test_iter else None
+
+
+def is_like_net(path):
+    """Whether a prototxt has layers, and not as a part of a solver."""
+    try:
+        with open(path) as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return "net_param" not in text and bool(
+        re.search(r"(?m)^\s*layers?\s*[:{]", text))
 
 
 def found(path):
@@ -247,12 +254,8 @@ def run(args):
                   "", np.median(angles.own), np.median(angles.other),
                   np.median(angles.gap())), flush=True)
         del trained
-    try:
-        draw(panels, args.title or os.path.basename(args.net)).savefig(
-            output, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError("cannot write %s: %s" % (output, error))
-    print("plot: %s" % output)
+    figures.save(draw(panels, args.title or os.path.basename(args.net)),
+                 output)
 
 
 def main():

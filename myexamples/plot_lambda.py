@@ -18,15 +18,14 @@ draws other solvers and candidates for the net of the first one over it.
 import argparse
 import math
 import os
-import sys
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-import caffe_proto  # noqa: E402
-import data_size  # noqa: E402
-from caffe_proto import UserError, lambda_at, learning_rate  # noqa: E402
+import caffe_proto
+import data_size
+import figures
+from caffe_proto import (
+    UserError, lambda_at, learning_rate, user_errors)
 
 # Above this lambda, the margin has less than half of the weight.
 HALF = 1.0
@@ -262,9 +261,11 @@ def warnings(descent, asked=0.0):
         why = ""
         if param.gamma == 0 or param.power == 0:
             why = " (gamma and power must both be above 0 for a descent)"
+        if param.lambda_min:
+            why += ", above its lambda_min of %.4g" % param.lambda_min
         return ["lambda is still %.4g at the end%s: the margin has a weight "
-                "of only %.2g; let it fall faster, or set lambda_min if this "
-                "is meant" % (last, why, 1 / (1 + last))]
+                "of only %.2g; let it fall faster, or set lambda_min to that "
+                "if this is meant" % (last, why, 1 / (1 + last))]
     fell = descent.first_below(HALF)
     # One that goes on by hand has its descent behind it.
     if fell is not None and fell < EARLY and not param.iteration:
@@ -518,8 +519,14 @@ def draw(descents, title):
     add_epochs(axis, descents)
     lines = axis.get_lines() + rate.get_lines()
     lines = [line for line in lines if not line.get_label().startswith("_")]
-    axis.legend(lines, [line.get_label() for line in lines],
-                fontsize=None if len(lines) < 4 else 8)
+    names = [line.get_label() for line in lines]
+    if len(lines) < 4:
+        axis.legend(lines, names)
+    else:
+        # Below: it would lie over the curves, and its names may be long.
+        axis.legend(lines, names, fontsize=8, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.14), ncol=1 + (len(lines) > 6))
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
     axis.set_title(title)
     return figure
 
@@ -565,20 +572,12 @@ def run(args):
             descent.name = descent.name.replace(args.solver, descent.layer, 1)
     output = args.output or os.path.splitext(args.solver)[0] + (
         "_compare_lambda.png" if compared else "_lambda.png")
-    figure = draw(descents, title)
-    try:
-        figure.savefig(output, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError("cannot write %s: %s" % (output, error))
-    plt.close(figure)
-    print("plot: %s" % output)
+    figures.save(draw(descents, title), output)
 
 
 def main():
-    try:
+    with user_errors():
         run(parse_args())
-    except UserError as error:
-        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ With lambda: (lambda cos(theta) + psi(theta)) / (1 + lambda), which is what
 training sees at that lambda.
 """
 import argparse
-import sys
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+
+import figures
+from caffe_proto import user_errors
 
 
 def psi(theta, m):
@@ -74,12 +74,8 @@ def draw(margins, lambdas):
 
 def main():
     args = parse_args()
-    figure = draw(args.m, args.lambdas)
-    try:
-        figure.savefig(args.output, dpi=100)
-    except (OSError, ValueError) as error:
-        sys.exit("error: cannot write %s: %s" % (args.output, error))
-    print("plot: %s" % args.output)
+    with user_errors():
+        figures.save(draw(args.m, args.lambdas), args.output)
 
 
 if __name__ == "__main__":

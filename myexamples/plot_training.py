@@ -7,16 +7,14 @@ whose margin holds, and the shares of samples in the segments of psi.
 """
 import argparse
 import os
-import sys
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
-from caffe_log import read_history  # noqa: E402
-from caffe_proto import user_errors  # noqa: E402
-from event_files import EventWriter  # noqa: E402
+import figures
+from caffe_log import read_history
+from caffe_proto import user_errors
+from event_files import EventWriter
 
 
 def parse_args():
@@ -97,11 +95,9 @@ def main():
     history = read_history(args.log)
     with user_errors():
         events = args.tensorboard and EventWriter(args.tensorboard)
-    figure = draw(history, args.title or os.path.basename(args.log))
-    try:
-        figure.savefig(output, dpi=100)
-    except (OSError, ValueError) as error:
-        sys.exit("error: cannot write %s: %s" % (output, error))
+    with user_errors():
+        figures.save(draw(history, args.title or os.path.basename(args.log)),
+                     output)
     if events:
         for row in history.rows():
             events.add(row)
@@ -112,7 +108,6 @@ def main():
               % (accuracies[-1], iterations[-1]))
     if events:
         print("event files: %s" % args.tensorboard)
-    print("plot: %s" % output)
 
 
 if __name__ == "__main__":

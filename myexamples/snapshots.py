@@ -4,8 +4,10 @@
     myexamples/snapshots.py FOLDER...             the newest whole .solverstate
     myexamples/snapshots.py MODEL.caffemodel...   those that are whole
 
-A kill or a full disk can leave one cut short, which Caffe does not always
-notice. Each of these is named on stderr.
+Binary ones and HDF5 (.solverstate.h5, .caffemodel.h5). A kill or a full disk
+can leave one cut short, which Caffe does not always notice. Each of these is
+named on stderr. A state names its model from the folder that Caffe ran in: run
+this there, or in the project's root.
 """
 import os
 import re
@@ -29,29 +31,50 @@ def read(message, path):
 
 
 def check_model(pb, path):
-    """Raises UserError where a .caffemodel is not whole."""
+    """Raises UserError where a .caffemodel or .caffemodel.h5 is not whole."""
+    if path.endswith(".h5"):
+        # Here, as that module needs numpy, which no log needs.
+        import caffe_model
+        caffe_model.read_hdf5(path)
     # To protobuf, an empty file is a net without layers.
-    if not read(pb.NetParameter(), path).layer:
+    elif not read(pb.NetParameter(), path).layer:
         raise caffe_proto.UserError("%s is cut short" % path)
 
 
-def check_state(pb, path, base=caffe_proto.ROOT):
-    """Raises UserError where a .solverstate or its model is not whole.
-
-    base is the folder that Caffe ran in.
-    """
+def model_of(pb, path):
+    """The model that a .solverstate or .solverstate.h5 names."""
+    if path.endswith(".h5"):
+        import caffe_model
+        try:
+            with caffe_model.hdf5().File(path, "r") as file:
+                return file["learned_net"][()].decode()
+        except (OSError, KeyError, AttributeError):
+            raise caffe_proto.UserError("%s is cut short" % path)
     state = read(pb.SolverState(), path)
     # Caffe always writes this field, and it comes last.
     if not state.HasField("current_step"):
         raise caffe_proto.UserError("%s is cut short" % path)
-    check_model(pb, os.path.join(base, state.learned_net))
+    return state.learned_net
+
+
+def check_state(pb, path):
+    """Raises UserError where a solver state or its model is not whole."""
+    name = model_of(pb, path)
+    bases = (os.curdir, caffe_proto.ROOT)
+    models = [os.path.join(base, name) for base in bases]
+    found = [model for model in models if os.path.exists(model)]
+    if not found:
+        raise caffe_proto.UserError(
+            "%s is of the model %s, which is not there: run this in the "
+            "folder that Caffe ran in" % (path, name))
+    check_model(pb, found[0])
 
 
 def newest(pb, folder):
-    """The whole .solverstate with the most iterations, or None."""
+    """The whole solver state with the most iterations, or None."""
     found = []
     for name in os.listdir(folder):
-        match = re.search(r"_iter_(\d+)\.solverstate$", name)
+        match = re.search(r"_iter_(\d+)\.solverstate(\.h5)?$", name)
         if match:
             found.append((int(match[1]), os.path.join(folder, name)))
     for _, path in sorted(found, reverse=True):
@@ -74,7 +97,12 @@ def main():
         pb = caffe_proto.load()
         for path in sys.argv[1:]:
             if os.path.isdir(path):
-                path = newest(pb, path)
+                found = newest(pb, path)
+                if not found:
+                    print("%s has no whole snapshot" % path, file=sys.stderr)
+                path = found
+            elif re.search(r"\.solverstate(\.h5)?$", path):
+                check_state(pb, path)
             else:
                 check_model(pb, path)
             if path:

@@ -215,7 +215,7 @@ def run(caffe, pb, args):
                 os.path.samefile(args.output, args.model):
             raise UserError("OUT is MODEL, %s: write to another file"
                             % args.output)
-    source = caffe_proto.read_text(args.net, pb.NetParameter())
+    source = caffe_proto.read_net(pb, args.net)
     weights = caffe_model.read(pb, args.model)
     for name, blobs in weights.items():
         for blob in blobs:

@@ -24,15 +24,14 @@ the options replace; a deploy net says nothing of mean and scale.
 import argparse
 import os
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-import caffe_proto  # noqa: E402
-import features  # noqa: E402
-import runs  # noqa: E402
-from caffe_proto import UserError, user_errors  # noqa: E402
+import caffe_proto
+import features
+import figures
+import runs
+from caffe_proto import UserError, user_errors
 
 FOLDS = 10
 FARS = [0.01, 0.001]
@@ -115,7 +114,8 @@ def read_pairs(path, root=None, extension="jpg"):
     """The Pairs of a list in one of the two forms."""
     root = os.path.dirname(path) if root is None else root
     try:
-        with open(path) as file:
+        # Editors of Windows begin a file with a mark, which is no name's.
+        with open(path, encoding="utf-8-sig") as file:
             lines = [(number, line.strip("\r\n"))
                      for number, line in enumerate(file, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -394,11 +394,7 @@ def report(args, pairs, scores):
                             [roc.tar_at(rates)])])
     axis.set_title("%s, EER %.2f %%" % (os.path.basename(args.pairs),
                                         100 * roc.eer()))
-    try:
-        figure.savefig(output, dpi=100)
-    except (OSError, ValueError) as error:
-        raise UserError("cannot write %s: %s" % (output, error))
-    print("plot: %s" % output)
+    figures.save(figure, output)
 
 
 def main():

@@ -27,7 +27,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import caffe_log
 import gentler
@@ -100,6 +99,7 @@ class Table:
         test = self.tested
         self.tested = None
         first = self.margin_values(margins[0][1] if margins else None)
+        at = (train or test).time
         print("%13s %10s %10s %10s %10s %s %s" % (
             "%d/%s" % (iteration, self.max_iter or "?"),
             _number(train and train.find("loss")),
@@ -107,22 +107,25 @@ class Table:
             _number(test and test.find("loss")),
             "%.4f" % test.find("accuracy")
             if test and test.find("accuracy") is not None else "",
-            self.margin_cells(first), self.left(iteration)), flush=True)
+            self.margin_cells(first), self.left(iteration, at)), flush=True)
         # Of a net with several heads, the others.
         for layer, margin in margins[1:]:
             print("%13s %10s %10s %10s %10s %s" % (
                 layer[-13:], "", _number(margin["lambda"]), "", "",
                 self.margin_cells(self.margin_values(margin))), flush=True)
 
-    def left(self, iteration):
-        """The time to the end as h:mm:ss, or nothing where it is unknown."""
-        now = time.monotonic()
+    def left(self, iteration, at):
+        """The time to the end as h:mm:ss, or nothing where it is unknown.
+
+        at is when the log says that the iteration was, in seconds: a log may
+        be shown long after its training.
+        """
         if self.start is None:
-            self.start = now, iteration
+            self.start = at, iteration
         since, first = self.start
-        if not self.max_iter or iteration <= first:
+        if not self.max_iter or iteration <= first or None in (at, since):
             return ""
-        return duration((now - since) / (iteration - first) *
+        return duration((at - since) / (iteration - first) *
                         (self.max_iter - iteration))
 
     def add(self, row):
@@ -139,6 +142,9 @@ class Table:
 
     def other(self, line):
         """Takes a line that is part of no row."""
+        if caffe_log.begins(line):
+            self.end()
+            self.tested = self.start = None
         self.log_head.take(line)
         self.fatal = self.fatal or bool(re.match(r"F\d{4,8} ", line))
         model, state, restored = (
@@ -153,7 +159,7 @@ class Table:
             self.states.append(state or restored)
 
     def end(self):
-        """Prints the test that came after the last iteration."""
+        """Prints the test that came after a training's last iteration."""
         if self.tested:
             self.line(self.tested.iteration, None)
 

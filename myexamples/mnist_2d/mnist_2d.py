@@ -146,7 +146,8 @@ def print_table(all_runs, margins, paper):
             margin, statistics.mean(found),
             "%.2f" % statistics.stdev(found) if len(found) > 1 else "-",
             " ".join("%.2f" % value for value in found),
-            " %.2f |" % paper[margin] if paper else ""))
+            " %s |" % ("%.2f" % paper[margin] if margin in paper else "-")
+            if paper else ""))
 
 
 def run_all(args):

@@ -83,6 +83,19 @@ def test_pictures(folder, tmp_path):
     assert "(probability %.3f)" % (1 / (1 + 3 * other)) in out.splitlines()[0]
 
 
+def test_nets_without_a_softmax(folder, tmp_path):
+    net = folder / "deploy.prototxt"
+    text = net.read_text()
+    net.write_text(text[:text.index('layer { name: "prob"')])
+    path = picture(tmp_path / "a.png", 3)
+    status, out = classify(folder, path)
+    assert status == 0 and re.search(r"class 3 \(score [\d.]+\)$", out)
+    net.write_text(text[:text.index('layer { name: "f"')])
+    status, out = classify(folder, path)
+    assert status == 1
+    assert "'c' of the net has the shape (1, 1, 2, 2): no score for" in out
+
+
 def test_crop(folder, tmp_path):
     net = folder / "deploy.prototxt"
     net.write_text(net.read_text().replace(
@@ -132,7 +145,14 @@ def test_what_is_no_export(folder, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     status, out = classify(folder, tmp_path / "bad.png")
     assert (status, out.splitlines()[-1]) == (
-        1, "error: cannot read the image %s" % (tmp_path / "bad.png"))
+        1, "error: cannot read the image %s: OpenCV does not know its format, "
+        "or it is broken" % (tmp_path / "bad.png"))
+    (tmp_path / "bad.png").write_text("")
+    assert classify(folder, tmp_path / "bad.png") == (
+        1, "error: cannot read the image %s: it is empty\n"
+        % (tmp_path / "bad.png"))
+    assert classify(folder, "/no.png") == (
+        1, "error: cannot read /no.png: No such file or directory\n")
     good = picture(tmp_path / "a.png", 1)
     status, out = classify(tmp_path, good)
     assert status == 1 and "error: cannot read %s" % tmp_path in out

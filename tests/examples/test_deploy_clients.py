@@ -9,7 +9,7 @@ import pytest
 
 import mnist_images
 from conftest import CAFFE_ROOT, ROOT
-from deploy_tools import Bench, random_model
+from deploy_tools import Bench, bn, inner, layer, random_model
 
 cv2 = pytest.importorskip("cv2")
 
@@ -99,6 +99,27 @@ def test_opencv(exported):
         exact = np.exp(logits[0].astype("f8") - logits.max())
         np.testing.assert_allclose(net.forward()[0], exact / exact.sum(),
                                    atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [
+    [inner("x", "data", "num_output: 5 transpose: true")],
+    [inner("c", "data", "num_output: 6 transpose: true"), bn("b", "c"),
+     inner("x", "b", "num_output: 5 transpose: true bias_term: false")],
+    [layer("LRN", "n", "data", extra="lrn_param { local_size: 3 }"),
+     inner("x", "n")],
+    [layer("LRN", "n", "data", extra="lrn_param { norm_region: "
+           "WITHIN_CHANNEL local_size: 3 }"), inner("x", "n")],
+])
+def test_opencv_reads_it_as_caffe_does(tmp_path, pb, caffe, layers):
+    bench = Bench(tmp_path, pb, caffe)
+    bench.check(layers, "x", shape=(1, 4, 9, 9))
+    data = np.random.default_rng(1).standard_normal((1, 4, 9, 9))
+    [mine] = bench.trained({"data": data, "label": [0]}, "x")
+    net = cv2.dnn.readNetFromCaffe(str(bench.out / "deploy.prototxt"),
+                                   str(bench.out / "deploy.caffemodel"))
+    net.setInput(data.astype("f4"))
+    np.testing.assert_allclose(net.forward(), mine, rtol=0,
+                               atol=1e-5 * np.abs(mine).max())
 
 
 @pytest.fixture(scope="module")

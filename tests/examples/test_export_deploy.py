@@ -875,6 +875,12 @@ def test_old_format(bench):
         bench.export()
 
 
+def test_a_solver_is_no_net(bench):
+    bench.net.write_text('net: "n.prototxt" max_iter: 3')
+    with pytest.raises(UserError, match="is a solver: give a net"):
+        bench.export()
+
+
 def edit_model(bench, change):
     model = bench.pb.NetParameter.FromString(bench.model.read_bytes())
     change(model)

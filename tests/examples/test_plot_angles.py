@@ -115,6 +115,17 @@ def test_net_with_a_plain_layer_in_the_test_phase(tmp_path, caffe_root):
     assert Image.open(str(tmp_path / "out.png")).size == (800, 340)
 
 
+def test_solvers_that_hold_their_nets(tmp_path, caffe_root):
+    net = Net(tmp_path)
+    text = net.path.read_text()
+    for form in ("net_param { %s }", "train_net_param { %s }\n"
+                 "test_net_param { %s }"):
+        net.solver.write_text(form.replace("%s", text) + "test_iter: 1")
+        found, iterations = plot_angles.read(net.pb, str(net.solver))
+        assert "ip" in [layer.name for layer in found.layer]
+        assert iterations == 1
+
+
 def test_samples_without_a_class_are_left_out(tmp_path, caffe_root):
     net = Net(tmp_path)
     net.list.write_text(net.list.read_text().replace("2.png 0", "2.png 7"))

@@ -106,7 +106,7 @@ FAST = "margin: 4 base: 1000 gamma: 0.01 power: 3"
     ("margin: 3 base: 1000 gamma: 0.0001 power: 2", "is still 250 at the end"),
     # As long as lambda_min is not what keeps it.
     ("margin: 3 base: 1000 gamma: 0.0001 power: 2 lambda_min: 5",
-     "is still 250 at the end"),
+     "is still 250 at the end, above its lambda_min of 5: "),
     ("margin: 3 base: 1.02 gamma: 0.0001 power: 0.02",
      "lambda is still 1.006 at the end: the margin has a weight of only 0.5"),
     ("margin: 2 base: 0", "1 or less from the first iteration on"),
@@ -479,7 +479,8 @@ def test_compare(solver, tmp_path):
     assert "note: %s: lambda_min keeps lambda at 5" % candidate in done.stdout
     png = tmp_path / "solver_compare_lambda.png"
     assert done.stdout.endswith("plot: %s\n" % png)
-    assert Image.open(str(png)).size == (800, 450)
+    # The legend of four names is below.
+    assert Image.open(str(png)).size == (800, 530)
 
 
 def test_a_candidate_is_drawn_over_the_net(solver, pb):

@@ -414,3 +414,14 @@ def test_2d_picture_names_what_it_shows():
         # The classes are named where their rays end.
         assert {text.get_text(): tuple(np.sign(np.round(text.xy, 3)))
                 for text in axis.texts} == {"0": (1, 0), "1": (0, 1)}
+
+
+def test_2d_table_of_margins_that_the_paper_does_not_have(capsys):
+    from mnist_2d import PAPER, print_table
+
+    class Run:
+        def __init__(self, margin, accuracy):
+            self.margin, self.accuracy = margin, lambda: accuracy
+    print_table([Run(4, 0.99), Run(8, 0.98)], [4, 8], PAPER)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| 4 | 99.00 | - | 99.00 | 99.34 |", "| 8 | 98.00 | - | 98.00 | - |"]

@@ -83,6 +83,14 @@ def test_resumed_run_replaces_what_it_did_again():
     assert history.accuracies() == ([0, 100, 200], [.1034, .81, .9034])
 
 
+def test_later_tests_of_an_earlier_run_do_not_count():
+    """The second run is cut short before it tests."""
+    lines = read_log()
+    history = History(lines + lines[:7] + lines[10:14])
+    assert history.curve("train", "loss") == ([0], [2.51])
+    assert history.accuracies() == ([0], [.1034])
+
+
 def test_test_cut_short_has_no_accuracy():
     history = History(read_log()[:15])
     assert history.accuracies() == ([0], [.1034])
@@ -101,11 +109,25 @@ def test_watch_shows_each_report_once():
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
     assert rows[0] == ["0/200", "2.51", "995", "2.34", "0.1034"]
     assert rows[1][:5] == ["100/200", "0.71", "1.25e-05", "0.6", "0.8012"]
-    assert re.match(r"\d+:\d\d:\d\d$", rows[1][5])
+    # By the log's own clock: 11 s for a half.
+    assert rows[1][5] == "0:00:11"
     assert rows[2] == ["snapshot", "a", "folder/x_iter_200.caffemodel"]
     assert rows[3][:2] == ["200/200", "0.3"]
     assert rows[4][:3] == ["200/200", "0.34", "0.9034"]
     assert len(rows) == 5
+
+
+def test_watch_keeps_the_trainings_of_a_log_apart():
+    """The last test of the first is no test of the second, and the time
+    between them is none of either's."""
+    lines = [line for line in read_log() if "] Iteration 0, T" not in line
+             and "0.1034" not in line and "2.34" not in line]
+    later = [line.replace("I1123 21:", "I1123 23:") for line in lines]
+    rows = [line.split() for line in watch(lines + later).stdout.splitlines()]
+    assert rows[5][:3] == ["200/200", "0.34", "0.9034"]
+    assert rows[6] == ["0/200", "2.51", "995"]
+    assert rows[7][:5] == ["100/200", "0.71", "1.25e-05", "0.6", "0.8012"]
+    assert rows[7][5] == "0:00:11"
 
 
 @pytest.mark.parametrize("loss", ["87.3365", "nan", "inf"])

@@ -151,6 +151,8 @@ def test_plain_list(tmp_path):
     assert list(pairs.same) == [True, False, False]
     assert pairs.fold is None
     assert pairs.paths[pairs.second[2]] == folder + "/a.png"
+    path = write(tmp_path, "\ufeffa.png b.png 1\na.png c.png 0")
+    assert verify.read_pairs(path).paths[0] == folder + "/a.png"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -465,6 +467,38 @@ def test_images_are_read_as_caffe_reads_them(tmp_path, caffe_root, color):
     tolerance = 1e-6 if color else 0.1251
     assert both[0] == pytest.approx(both[1], abs=tolerance)
     assert np.abs(both[1]).max() > 5
+
+
+def test_deep_and_turned_images_are_read_as_opencv_reads_them(tmp_path):
+    """16 bits a channel, and photos whose camera was held upright."""
+    import features
+    from PIL import Image
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.RandomState(1)
+    gray = str(tmp_path / "gray.png")
+    cv2.imwrite(gray, rng.randint(0, 65536, (8, 9)).astype(np.uint16))
+    color = str(tmp_path / "color.png")
+    cv2.imwrite(color, rng.randint(0, 65536, (8, 9, 3)).astype(np.uint16))
+    turned = Image.fromarray(rng.randint(0, 256, (8, 9, 3)).astype(np.uint8))
+    exif = turned.getexif()
+    exif[0x112] = 6  # turn it by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    reading = features.Preprocessing()
+    for channels, flag in ((1, cv2.IMREAD_GRAYSCALE), (3, cv2.IMREAD_COLOR)):
+        reading.channels = channels
+        for path in (gray, color):
+            np.testing.assert_allclose(
+                reading.read(path).astype(int), cv2.imread(path, flag),
+                atol=1)
+        found = reading.read(str(tmp_path / "turned.jpg"))
+        assert found.shape == cv2.imread(
+            str(tmp_path / "turned.jpg"), flag).shape
+        assert found.shape[:2] == (9, 8)
+    values = Image.fromarray(rng.rand(8, 9).astype("f4"))
+    values.save(tmp_path / "values.tif")
+    with pytest.raises(UserError, match="values.tif: its pixels are no bytes"):
+        reading.read(str(tmp_path / "values.tif"))
 
 
 def test_channels_mean_image_and_batches(tmp_path, caffe_root):

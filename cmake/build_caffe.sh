@@ -322,7 +322,8 @@ discard_half_written() {
              -newer "$unfinished" -print0)
   # protoc's files are whole if they were compiled.
   for file in "$build"/include/caffe/proto/*.pb.cc; do
-    [[ -n $(find "$build" -name "${file##*/}.o" -newer "$file") ]] ||
+    [[ ! -e $file ||
+       -n $(find "$build" -name "${file##*/}.o" -newer "$file") ]] ||
       rm -f -- "$file" "${file%.cc}.h" "${file%.pb.cc}_pb2.py"
   done
   # Links are quick: CMake writes these files anew, and Make links again.

@@ -13,21 +13,29 @@ check_prefix() {
         "Choose a PREFIX of your own (--install ~/caffe), or run this as root."
 }
 
-# stage [OPTION...]: CMake's install, below $build/package.
+# stage PREFIX [OPTION...]: CMake's install, below $build/package, and the
+# licenses of all that is in it.
 stage=
 stage() {
+  local doc features=()
   stage=$build/package
+  doc=$stage$1/share/doc/caffe-lsoftmax
   rm -rf -- "$stage" "$stage.deb"
-  (umask 022 && DESTDIR=$stage cmake --install "$build" "$@") >> "$log" 2>&1 ||
-    failed "CMake could not install Caffe"
+  (umask 022 && DESTDIR=$stage cmake --install "$build" "${@:2}") \
+    >> "$log" 2>&1 || failed "CMake could not install Caffe"
   # CMake takes folders in which it installs nothing along.
   find "$stage" -type d -empty -delete
+  [[ $device == cpu ]] || features=(--features cuda)
+  (umask 022 && mkdir -p -- "$doc" &&
+     "$python" cmake/copyright.py "$root" "$build" "${features[@]}" \
+       > "$doc/copyright") 2>> "$log" ||
+    failed "the licenses could not be put together"
 }
 
 # install_caffe PREFIX
 install_caffe() {
   local prefix=$1
-  stage
+  stage "$prefix"
   (umask 022 && make_dir "$prefix" &&
      "$python" cmake/install.py "$stage$prefix" "$prefix") || {
     rmdir -- "$prefix" 2> /dev/null || true
@@ -44,25 +52,18 @@ install_caffe() {
 }
 
 make_deb() {
-  local deb doc modules share usr
+  local deb modules share usr
   say "packing"
-  stage --strip
+  stage /usr --strip
   usr=$stage/usr
-  doc=$usr/share/doc/caffe-lsoftmax
   modules=$usr/lib/python3/dist-packages
   share=$usr/share/caffe-lsoftmax
   (
     umask 022
-    mkdir -p -- "$doc" "$modules" "$share"
+    mkdir -p -- "$modules" "$share"
     mv -- "$usr/python/caffe" "$modules"
     mv -- "$usr/python" "$share/python"
     chmod 644 -- "$modules"/caffe/proto/*.py
-    {
-      printf '%s\n\n' "The layers LargeMarginInnerProduct and BN:"
-      cat -- LICENSE
-      printf '\n%s\n\n' "Caffe:"
-      cat -- "$root/LICENSE"
-    } > "$doc/copyright"
     cd -- "$build"
     LSOFTMAX_STAGE=$stage LSOFTMAX_CARGO_TOML=$project/Cargo.toml \
       LSOFTMAX_PYTHON=$("$python" -c 'import sys

@@ -6,6 +6,7 @@ file instead of the crate.
 """
 
 import os
+import pathlib
 import shutil
 import subprocess
 
@@ -362,3 +363,23 @@ def test_a_crate_that_does_not_compile_is_no_missing_one(setup):
         OFFLINE.replace("{log}", str(setup.log)).replace("*vendor*", "tree*"))
     out = setup.sh(setup.project / "cmake/find_cargo.sh", "build", status=101)
     assert "crates are missing" not in out
+
+
+# ---- Without git ----
+
+def test_cargo_does_not_look_into_what_was_built(tmp_path):
+    """In it are links to the project, of which cargo warns."""
+    project = pathlib.Path(__file__).resolve().parents[2]
+    for name in ("Cargo.toml", "Cargo.lock", "build.rs"):
+        shutil.copy(project / name, tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/lib.rs").touch()
+    (tmp_path / "build/caffe").mkdir(parents=True)
+    (tmp_path / "build/caffe/file").touch()
+    (tmp_path / "build/caffe/link").symlink_to(tmp_path)
+    listed = subprocess.run(
+        [project / "cmake/find_cargo.sh", "package", "--list", "--offline",
+         "--manifest-path", tmp_path / "Cargo.toml"], check=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    assert "src/lib.rs" in listed.split()
+    assert "build/" not in listed

@@ -321,10 +321,28 @@ def test_boost_regex_where_the_tree_asks_for_it(world, tree):
 
 # ---- Installed ----
 
+CARGO = """case $1 in
+tree) echo "$*" > "$STATE/tree"
+  printf '%s|%s|\\n' "lsoftmax v0.2.0 ($PWD)" MIT "rayon v1.12.0" Zlib ;;
+*) echo cargo 1.95.0 ;;
+esac"""
+
+
 @pytest.fixture
 def installs(world, tree):
-    """What the stand-in for CMake installs; a PREFIX with a blank."""
+    """What the stand-in for CMake installs; licenses of what is built."""
     pycaffe_works(tree)
+    world.program(world.bin / "cargo", CARGO)
+    rayon = world.folder / "rayon"
+    rayon.mkdir()
+    (rayon / "Cargo.toml").write_text(
+        '[package]\nname = "rayon"\nversion = "1.12.0"\n')
+    for folder, owner in ((tree, "Caffe"), (world.project, "our"),
+                          (rayon, "rayon")):
+        (folder / "LICENSE").write_text(f"{owner}'s license\n")
+    deps = tree / "build/lsoftmax/release/deps"
+    deps.mkdir(parents=True)
+    (deps / "rayon-1234.d").write_text(f"{rayon}/src/lib.rs:\n")
     files = world.state / "installed-files"
     for name in ("bin", "python/caffe", "lib", "empty"):
         (files / name).mkdir(parents=True)
@@ -336,6 +354,16 @@ def installs(world, tree):
 
 
 RECORD = "share/caffe-lsoftmax/files"
+COPYRIGHT = "share/doc/caffe-lsoftmax/copyright"
+
+
+def has_all_licenses(path):
+    text = path.read_text()
+    return (path.stat().st_mode & 0o777 == 0o644 and
+            "\nThe crate rayon 1.12.0 (Zlib)\n" in text and
+            all(f"\n---- {part} ----\n\n{owner}'s license\n" in text
+                for part, owner in (("Caffe", "Caffe"), ("lsoftmax", "our"),
+                                    ("rayon 1.12.0", "rayon"))))
 
 
 def test_install(world, tree, installs):
@@ -347,11 +375,13 @@ def test_install(world, tree, installs):
         f"PYTHONPATH={where}/python")
     assert f"-DCMAKE_INSTALL_PREFIX={prefix} " in world.cmake_calls()
     names = ["bin/caffe", "lib/libcaffe.so", "lib/libcaffe.so.1",
-             "python/caffe/__init__.py", RECORD]
+             "python/caffe/__init__.py", RECORD, COPYRIGHT]
     assert sorted(str(path.relative_to(prefix)) for path in
                   prefix.rglob("*") if not path.is_dir()) == names
     assert (prefix / RECORD).read_text().split("\n") == [*names, ""]
     assert (prefix / "lib/libcaffe.so").is_symlink()
+    assert has_all_licenses(prefix / COPYRIGHT)
+    assert "--features" not in (world.state / "tree").read_text()
     assert not (tree / "build/package").exists()
 
     # Again: what is old is renewed, and what is no more goes.
@@ -364,6 +394,21 @@ def test_install(world, tree, installs):
     assert (prefix / "python/caffe/classify.py").exists()
     assert sorted(os.listdir(prefix / "lib")) == ["libcaffe.so.1", "mine"]
     assert "lib/libcaffe.so\n" not in (prefix / RECORD).read_text()
+
+
+def test_install_of_a_build_with_cuda(world, cuda, installs):
+    """cudarc is in the library then."""
+    world.run("--cuda", "--install", str(world.folder / "prefix"), status=0,
+              **cuda)
+    assert "--features cuda" in (world.state / "tree").read_text()
+
+
+def test_install_without_a_license(world, tree, installs):
+    (world.folder / "rayon/LICENSE").unlink()
+    prefix = world.folder / "prefix"
+    out = world.run("--install", str(prefix), status=1)
+    assert "error: rayon 1.12.0 has no text of its license in" in out
+    assert not prefix.exists()
 
 
 def test_install_over_what_is_not_ours(world, installs):
@@ -411,18 +456,17 @@ def test_install_on_a_full_disk(world, installs, disk):
 CPACK = """echo "$*" > "$STATE/cpack.log"
 find "$LSOFTMAX_STAGE" ! -type d -printf '%P\\n' | sort > "$STATE/packed"
 mkdir "$LSOFTMAX_STAGE.deb"
+cp "$LSOFTMAX_STAGE/usr/share/doc/caffe-lsoftmax/copyright" "$STATE"
 touch "$LSOFTMAX_STAGE.deb/caffe-lsoftmax_0.2.0_amd64.deb"
 """
 
 
 @pytest.fixture
 def packs(world, tree, installs):
-    """With the programs that make a package; and the licenses."""
+    """With the programs that make a package."""
     world.program(world.bin / "cpack", CPACK)
     world.program(world.bin / "dpkg-architecture", "echo a-triplet")
     (installs / "python/classify.py").touch()
-    (tree / "LICENSE").write_text("Caffe's license\n")
-    (world.project / "LICENSE").write_text("our license\n")
 
 
 def test_deb(world, tree, packs):
@@ -443,6 +487,7 @@ def test_deb(world, tree, packs):
         "usr/lib/python3/dist-packages/caffe/__init__.py",
         "usr/share/caffe-lsoftmax/python/classify.py",
         "usr/share/doc/caffe-lsoftmax/copyright"]
+    assert has_all_licenses(world.state / "copyright")
     assert not list((tree / "build").glob("package*"))
 
 
@@ -454,7 +499,6 @@ def test_deb_needs_programs(world, packs):
 
 
 def test_deb_of_a_build_with_cuda(world, tree, packs):
-    (tree / "build").mkdir()
     (tree / "build/CMakeCache.txt").write_text("CPU_ONLY:BOOL=OFF\n")
     out = world.run("--deb", status=1)
     assert "made of a build without CUDA" in out and "Add --cpu" in out
@@ -537,8 +581,9 @@ def test_first_configuration_that_was_killed(world, tree):
     half.parent.mkdir(parents=True)
     half.write_text("set(CMAKE_CXX_COM")
     (tree / "build/build_caffe.unfinished").touch()
-    world.run(status=0)
+    out = world.run(status=0)
     assert not half.exists()
+    assert "find: " not in out  # no file of protoc's is there yet
 
 
 def test_ctrl_c_ends_a_clone(world):

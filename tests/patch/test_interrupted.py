@@ -4,14 +4,21 @@ By default at some of their calls; with EVERY_KILL=1 in the environment at each.
 """
 
 import os
+import pathlib
 import shutil
 import signal
+import sys
 
 import pytest
 
 from faults import Killer, every, which
 from stand_in import make_tree, snapshot
 from test_build_caffe import PROGRAMS, STAND_INS, world  # noqa: F401
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]
+                       / "robustness"))
+
+import interrupt  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -25,7 +32,10 @@ def result(root):
 
 
 def killed_and_run_again(killer, command, env, begin, folder, number):
-    """At each of the calls: the next run ends as one without a kill does."""
+    """At each of the calls: the next run ends as one without a kill does.
+
+    Returns the last line of such a run.
+    """
     begin()
     status, out, calls = killer.run(command, env)
     assert status == 0, out
@@ -44,6 +54,7 @@ def killed_and_run_again(killer, command, env, begin, folder, number):
         # A tree that was finished may say that nothing is left to do.
         assert again.splitlines()[-1] == last or "Nothing to do" in again, (
             where + "\n" + again)
+    return last
 
 
 @pytest.mark.parametrize("mode", ["apply", "renew", "revert"])
@@ -88,6 +99,7 @@ def test_build_caffe(world):  # noqa: F811
         if not os.geteuid():
             (world.state / "installed").write_text("cmake\nmake\n")
 
-    killed_and_run_again(killer, command, env, begin, build, 10)
+    last = killed_and_run_again(killer, command, env, begin, build, 10)
+    assert last.startswith(interrupt.BUILT)
     assert {path.name for path in build.iterdir()} <= {"caffe", "apt.log"}
     assert not list(build.rglob("*.unfinished"))

@@ -69,6 +69,9 @@ net: "net.prototxt" base_lr: 0.01 lr_policy: "fixed" max_iter: 20 display: 1
 solver_mode: CPU snapshot_after_train: false
 """
 
+# What begins the last line of a build that came to its end.
+BUILT = "build_caffe.sh: done (cpu)"
+
 rows = []  # of the closing table: moment, seconds, what was left half written
 
 
@@ -259,7 +262,7 @@ def build():
     kill_at_each(BUILD_MOMENTS, command, half_built)
     print("finishing the build", flush=True)
     seconds, out = run("finish the build", command)
-    check(out.splitlines()[-1].startswith("build_caffe: done (cpu)"),
+    check(out.splitlines()[-1].startswith(BUILT),
           "the build came to its end in another %.0f s" % seconds)
     total, bad = half_built()
     check(total > 100 and not bad, "%d objects, libraries and programs are "

@@ -24,6 +24,8 @@ apt-get -qq -y install --no-install-recommends ./caffe.deb
 status=$(dpkg-query -W -f '${db:Status-Status}' caffe-cpu || true)
 [[ $status != installed ]]
 
+grep -q '^The crate rayon .* (MIT OR Apache-2.0)$' \
+  /usr/share/doc/caffe-lsoftmax/copyright
 if ldd /usr/bin/caffe | grep 'not found'; then exit 1; fi
 GLOG_logtostderr=1 /usr/bin/caffe train --solver=solver.prototxt 2>&1 | tee train.log
 grep -q 'Optimization Done' train.log

@@ -8,7 +8,9 @@
 
 use super::{LargeMarginInnerProduct, Sizes};
 use crate::blas::{DeviceGemm, Op};
-use crate::cuda::layout::large_margin::{COEFFICIENTS, LOAD, LOADS, TEAM, THREADS, TILE, WARP, WAYS};
+use crate::cuda::layout::large_margin::{
+    COEFFICIENTS, LOAD, LOADS, TEAM, THREADS, TILE, WARP, WAYS,
+};
 use crate::cuda::{self, DeviceDtype, Kernel, Kernels, Mailbox, kernel_args};
 use crate::dtype::int;
 use crate::error::Result;
@@ -384,4 +386,46 @@ fn ints(sizes: Sizes) -> Result<[i32; 3]> {
         int(sizes.classes)?,
         int(sizes.features)?,
     ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn teams_are_as_the_kernels_ask() {
+        for samples in [1, 31, 33, 1023, 1024, 5000, 65536, 1 << 20] {
+            for features in [0, 1, 16, 17, 100, 512, 516, 4096, 25088] {
+                for size in [4, 8] {
+                    let team = Team::new(samples, features, size);
+                    let [lanes, rows] = [team.lanes, team.rows].map(|n| n as usize);
+                    let of_a_block = if lanes == THREADS as usize {
+                        assert!(rows == 1 && samples < WARPS, "{team:?}");
+                        1
+                    } else {
+                        assert!(lanes.is_power_of_two() && lanes <= WARP, "{team:?}");
+                        assert!(rows.is_power_of_two() && rows <= WARP, "{team:?}");
+                        assert!(rows * lanes >= WARP, "{team:?}");
+                        rows * (THREADS as usize / WARP)
+                    };
+                    let blocks = team.blocks(samples) as usize;
+                    assert!(blocks * of_a_block >= samples && (blocks - 1) * of_a_block < samples);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn teams_fill_a_gpu() {
+        let team = |samples, features| {
+            let team = Team::new(samples, features, 4);
+            (team.lanes, team.rows, team.blocks(samples))
+        };
+        assert_eq!(team(128, 512), (32, 1, 32), "one batch of loads a lane");
+        assert_eq!(team(128, 513), (128, 1, 128), "loads of single values");
+        assert_eq!(team(128, 25088), (128, 1, 128), "too few samples for warps");
+        assert_eq!(team(1024, 25088), (32, 1, 256));
+        assert_eq!(team(65536, 64), (4, 32, 512), "a dense head");
+        assert_eq!(team(60000, 2), (1, 32, 469));
+    }
 }

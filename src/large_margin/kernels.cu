@@ -423,7 +423,7 @@ static __device__ void ForwardSamples(int first, int num_samples,
     const Pair found = Squares(x_row(read), w_row(read_y),
         read_y == NO_CLASS ? 0 : num_features, team.lanes);
     // To the lane whose sample it is.
-    const int from = (lane - row) * team.lanes % WARP;
+    const int from = lane * team.lanes % WARP;
     const Pair own = {__shfl_sync(FULL_MASK, found.x, from),
         __shfl_sync(FULL_MASK, found.w, from)};
     if (has_class && row <= lane && lane < row + team.AtOnce()) {

@@ -112,7 +112,11 @@ impl Team {
     /// For `samples` rows of `features` values of `size` bytes.
     fn new(samples: usize, features: usize, size: usize) -> Self {
         let bytes = features * size;
-        let load = if bytes % LOAD == 0 { LOAD } else { size };
+        let load = if bytes.is_multiple_of(LOAD) {
+            LOAD
+        } else {
+            size
+        };
         let wanted = bytes.div_ceil(LOADS * load).next_power_of_two();
         let (lanes, rows) = if wanted > WARP && samples < WARPS {
             (THREADS as usize, 1)

@@ -5,19 +5,31 @@
 pub mod large_margin {
     /// Threads of a block.
     pub const THREADS: u32 = 128;
+    /// Threads of a warp.
+    pub const WARP: usize = 32;
     /// Samples that one block sorts.
     pub const TILE: usize = 1024;
+    /// Sorted runs that one launch merges into one.
+    pub const WAYS: usize = 8;
     /// Bytes of the widest load.
     pub const LOAD: usize = 16;
+    /// Loads of a row that a thread has under way at once.
+    pub const LOADS: usize = 4;
     /// Bytes of a sample's `Coefficients`.
     pub const COEFFICIENTS: usize = 32;
+    /// Bytes of a `Team`.
+    pub const TEAM: usize = 8;
 
     /// The macros of the kernels.
     pub const MACROS: &[(&str, usize)] = &[
         ("THREADS", THREADS as usize),
+        ("WARP", WARP),
         ("TILE", TILE),
+        ("WAYS", WAYS),
         ("LOAD", LOAD),
+        ("LOADS", LOADS),
         ("COEFFICIENTS", COEFFICIENTS),
+        ("TEAM", TEAM),
     ];
 }
 

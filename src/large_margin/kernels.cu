@@ -1,8 +1,8 @@
 // The margin layer on the GPU: what is left beside cuBLAS's products.
 //
-// Forward: a kernel behind the product. A block a sample finds the coefficients
-// of correction.rs and puts the margin on the target logit; beside them, a
-// block a tile of samples sorts these by class, for the backward pass.
+// Forward: a kernel behind the product finds each sample's coefficients of
+// correction.rs and puts the margin on its target logit; beside that, a block a
+// tile of samples sorts these by class, for the backward pass.
 // Backward: a kernel before the products folds a into the target entries of
 // the top gradient and sums up, over each class of a tile, what its row of dW
 // gets; one behind them puts the entries back and adds to each row of dx its x
@@ -10,9 +10,14 @@
 // products stand between them. All sums are made in a fixed order and no float
 // is added atomically, so two runs give the same bits.
 //
-// THREADS, TILE, LOAD and COEFFICIENTS come from src/cuda/layout.rs.
+// Rows of x, w and dx are read by as many threads as have one batch of loads
+// of them each, up to a warp; a row's scalars are a lane's work, for up to 32
+// rows a warp at once. Where that leaves too few warps, a block reads a row
+// (Team).
+//
+// THREADS, WARP, TILE, WAYS, LOAD, LOADS and the sizes of structs come from
+// src/cuda/layout.rs.
 
-#define WARP 32
 #define FULL_MASK 0xffffffffu
 
 // What the backward pass needs of a sample with a class.
@@ -36,18 +41,70 @@ static __device__ int SampleOf(Key key) {
   return static_cast<int>(static_cast<unsigned>(key));
 }
 
-// As many values as one load brings.
-template <typename Dtype>
-struct alignas(LOAD) Vector {
-  enum { kValues = LOAD / sizeof(Dtype) };
-  Dtype v[kValues];
+// How many threads read a row, and how many rows a warp has: `lanes` is a
+// power of 2, and so is `rows`, a multiple of WARP / lanes and no more than
+// WARP. Where a block reads a row, it has THREADS lanes and that row alone.
+struct Team {
+  int lanes;
+  int rows;
+
+  __device__ bool IsBlock() const { return lanes > WARP; }
+  // The first row of the thread's warp.
+  __device__ int First(int block) const {
+    if (IsBlock()) { return block; }
+    return (block * (THREADS / WARP) + threadIdx.x / WARP) * rows;
+  }
+  __device__ int Shift() const { return __ffs(lanes) - 1; }
+  // Rows of a warp that are read at once, and the lane's among them.
+  __device__ int AtOnce() const { return IsBlock() ? 1 : WARP >> Shift(); }
+  __device__ int Among() const { return threadIdx.x % WARP >> Shift(); }
+  // Whether what the thread finds of its row is not another warp's, too.
+  __device__ bool Tells() const { return !IsBlock() || threadIdx.x < WARP; }
+  // The threads that all read one row, if the warp has it alone.
+  __device__ int Most() const { return IsBlock() ? THREADS : WARP; }
+};
+static_assert(sizeof(Team) == TEAM, "src/cuda/layout.rs");
+
+// The thread's place among those of a row.
+static __device__ int Rank(int lanes) { return threadIdx.x & (lanes - 1); }
+
+// V neighbours, as one load brings them.
+template <typename Dtype, int V>
+struct alignas(sizeof(Dtype) * V) Vector {
+  Dtype v[V];
+};
+
+// What a thread has of a row at once: all loads of it are under way before the
+// first is waited for.
+template <typename Dtype, int V>
+struct Batch {
+  Vector<Dtype, V> vectors[LOADS];
+
+  // Vectors `first`, `first` + `step` and so on; 0 from vector `count` on.
+  __device__ void Load(const Dtype* from, int first, int step, int count) {
+    for (int j = 0; j < LOADS; ++j) {
+      const int at = first + j * step;
+      vectors[j] = Vector<Dtype, V>();
+      if (at < count) {
+        vectors[j] = reinterpret_cast<const Vector<Dtype, V>*>(from)[at];
+      }
+    }
+  }
+  __device__ void Store(Dtype* to, int first, int step, int count) const {
+    for (int j = 0; j < LOADS; ++j) {
+      const int at = first + j * step;
+      if (at < count) {
+        reinterpret_cast<Vector<Dtype, V>*>(to)[at] = vectors[j];
+      }
+    }
+  }
 };
 
 // Whether rows of `length` values from `rows` on can be read by vectors.
 template <typename Dtype>
 static __device__ bool Aligned(const Dtype* rows, int length) {
   return reinterpret_cast<size_t>(rows) % LOAD == 0
-      && length % Vector<Dtype>::kValues == 0;
+      && length % (LOAD / sizeof(Dtype)) == 0;
 }
 
 // A value of the sample's features and one of its class weights.
@@ -63,14 +120,17 @@ struct Max {
   static __device__ double Join(double a, double b) { return fmax(a, b); }
 };
 
-// The join over the block, in every thread.
+// The join over the threads of a row, in each of them. All threads of the warp
+// take part, or of the block.
 template <typename How>
-static __device__ Pair JoinBlock(Pair p) {
-  __shared__ Pair warps[THREADS / WARP];
-  for (int offset = WARP / 2; offset > 0; offset /= 2) {
-    p.x = How::Join(p.x, __shfl_down_sync(FULL_MASK, p.x, offset));
-    p.w = How::Join(p.w, __shfl_down_sync(FULL_MASK, p.w, offset));
+static __device__ Pair JoinRow(Pair p, int lanes) {
+  for (int distance = (lanes < WARP ? lanes : WARP) / 2; distance > 0;
+      distance /= 2) {
+    p.x = How::Join(p.x, __shfl_xor_sync(FULL_MASK, p.x, distance));
+    p.w = How::Join(p.w, __shfl_xor_sync(FULL_MASK, p.w, distance));
   }
+  if (lanes <= WARP) { return p; }
+  __shared__ Pair warps[THREADS / WARP];
   if (threadIdx.x % WARP == 0) { warps[threadIdx.x / WARP] = p; }
   __syncthreads();
   p = warps[0];
@@ -87,61 +147,68 @@ static __device__ bool Usable(double norm) {
   return norm > 0 && !isinf(norm);  // false for NaN as well
 }
 
-// Whether a value has all its digits.
-static __device__ bool InRange(double positive) {
-  return positive > 1e-290 && !isinf(positive);  // false for NaN as well
-}
-
-// The sum, over the elements that are a thread's, of what `term` makes of an
-// element of x and one of w.
-template <typename How, typename Dtype, typename Term>
-static __device__ Pair OverRows(const Dtype* __restrict__ x,
-    const Dtype* __restrict__ w, int length, Term term) {
-  Pair all = {0, 0};
-  const auto join = [&](Dtype xi, Dtype wi) {
-    const Pair one = term(static_cast<double>(xi), static_cast<double>(wi));
-    all.x = How::Join(all.x, one.x);
-    all.w = How::Join(all.w, one.w);
-  };
-  if (Aligned(x, length) && Aligned(w, length)) {
-    const int kValues = Vector<Dtype>::kValues;
-    const auto* const xs = reinterpret_cast<const Vector<Dtype>*>(x);
-    const auto* const ws = reinterpret_cast<const Vector<Dtype>*>(w);
-    for (int i = threadIdx.x; i < length / kValues; i += THREADS) {
-      const Vector<Dtype> xi = xs[i];
-      const Vector<Dtype> wi = ws[i];
-      for (int j = 0; j < kValues; ++j) { join(xi.v[j], wi.v[j]); }
-    }
-  } else {
-    for (int i = threadIdx.x; i < length; i += THREADS) { join(x[i], w[i]); }
-  }
-  return JoinBlock<How>(all);
-}
-
-// The Euclidean norms of x and w, in every thread.
+// Whether a value has all the digits of Dtype, and so have its terms, if they
+// are squares.
 template <typename Dtype>
-static __device__ Pair Norms(const Dtype* x, const Dtype* w, int length) {
-  Pair sum = OverRows<Add>(x, w, length, [](double xi, double wi) {
-    return Pair{xi * xi, wi * wi};
-  });
-  // Squares of float neither overflow nor vanish in double. Those of double
-  // may: once more, scaled.
-  if (sizeof(Dtype) == sizeof(double)
-      && !(InRange(sum.x) && InRange(sum.w))) {
-    const Pair largest = OverRows<Max>(x, w, length, [](double xi, double wi) {
-      return Pair{fabs(xi), fabs(wi)};
-    });
-    // A norm that is no use as a divisor is returned as it is.
-    const Pair scale = {Usable(largest.x) ? largest.x : 1,
-        Usable(largest.w) ? largest.w : 1};
-    sum = OverRows<Add>(x, w, length, [&](double xi, double wi) {
-      xi /= scale.x;
-      wi /= scale.w;
-      return Pair{xi * xi, wi * wi};
-    });
-    return Pair{scale.x * sqrt(sum.x), scale.w * sqrt(sum.w)};
+static __device__ bool InRange(double positive) {
+  const double least = sizeof(Dtype) == sizeof(double) ? 1e-290 : 1e-30;
+  return positive > least && !isinf(positive);  // false for NaN as well
+}
+
+template <int V, typename Dtype>
+static __device__ Pair SumSquares(const Dtype* __restrict__ x,
+    const Dtype* __restrict__ w, int length, int lanes) {
+  const int count = length / V;
+  Pair all = {0, 0};
+  for (int i = Rank(lanes); i < count; i += LOADS * lanes) {
+    Batch<Dtype, V> xs, ws;
+    xs.Load(x, i, lanes, count);
+    ws.Load(w, i, lanes, count);
+    Dtype of_x = 0, of_w = 0;
+    for (int j = 0; j < LOADS; ++j) {
+      for (int k = 0; k < V; ++k) {
+        of_x += xs.vectors[j].v[k] * xs.vectors[j].v[k];
+        of_w += ws.vectors[j].v[k] * ws.vectors[j].v[k];
+      }
+    }
+    all.x += of_x;
+    all.w += of_w;
   }
-  return Pair{sqrt(sum.x), sqrt(sum.w)};
+  return all;
+}
+
+// The squared norms of rows x and w. A batch of float is summed in float: few
+// GPUs are fast in double.
+template <typename Dtype>
+static __device__ Pair Squares(const Dtype* x, const Dtype* w, int length,
+    int lanes) {
+  return JoinRow<Add>(Aligned(x, length) && Aligned(w, length)
+      ? SumSquares<LOAD / sizeof(Dtype)>(x, w, length, lanes)
+      : SumSquares<1>(x, w, length, lanes), lanes);
+}
+
+// The norms of rows x and w, whose squares may leave the range of Dtype.
+template <typename Dtype>
+static __device__ Pair ScaledNorms(const Dtype* __restrict__ x,
+    const Dtype* __restrict__ w, int length, int lanes) {
+  Pair largest = {0, 0};
+  for (int i = Rank(lanes); i < length; i += lanes) {
+    largest.x = fmax(largest.x, fabs(static_cast<double>(x[i])));
+    largest.w = fmax(largest.w, fabs(static_cast<double>(w[i])));
+  }
+  largest = JoinRow<Max>(largest, lanes);
+  // A norm that is no use as a divisor is returned as it is.
+  const Pair scale = {Usable(largest.x) ? largest.x : 1,
+      Usable(largest.w) ? largest.w : 1};
+  Pair sum = {0, 0};
+  for (int i = Rank(lanes); i < length; i += lanes) {
+    const double of_x = x[i] / scale.x;
+    const double of_w = w[i] / scale.w;
+    sum.x += of_x * of_x;
+    sum.w += of_w * of_w;
+  }
+  sum = JoinRow<Add>(sum, lanes);
+  return Pair{scale.x * sqrt(sum.x), scale.w * sqrt(sum.w)};
 }
 
 // value * (numerator / denominator), of a row whose norm is the denominator;
@@ -150,39 +217,55 @@ struct Factor {
   double value, numerator, denominator;
 };
 
-// y += factor v, element by element, for rows of `length`. The ratio of the
-// norms may leave the range of double; v / denominator does not, and 0 stays 0.
+// The factor as one number; 0 where it has none of ordinary size.
 template <typename Dtype>
-static __device__ void AddScaled(Dtype* __restrict__ y, const Factor& factor,
-    const Dtype* __restrict__ v, int length) {
-  if (factor.value == 0) { return; }
+static __device__ Dtype Product(const Factor& factor) {
   const double ratio = factor.numerator / factor.denominator;
-  const double product = factor.value * ratio;
-  if (!InRange(fabs(ratio)) || !InRange(fabs(product))) {
-    for (int i = threadIdx.x; i < length; i += THREADS) {
-      const double vi = v[i];
-      if (vi == 0) { continue; }
-      y[i] += static_cast<Dtype>(
-          vi / factor.denominator * factor.value * factor.numerator);
-    }
-    return;
-  }
-  if (Aligned(v, length) && Aligned(y, length)) {
-    const int kValues = Vector<Dtype>::kValues;
-    const auto* const vs = reinterpret_cast<const Vector<Dtype>*>(v);
-    auto* const ys = reinterpret_cast<Vector<Dtype>*>(y);
-    for (int i = threadIdx.x; i < length / kValues; i += THREADS) {
-      const Vector<Dtype> vi = vs[i];
-      Vector<Dtype> yi = ys[i];
-      for (int j = 0; j < kValues; ++j) {
-        yi.v[j] += static_cast<Dtype>(product * vi.v[j]);
+  const Dtype product = static_cast<Dtype>(factor.value * ratio);
+  return InRange<double>(fabs(ratio)) && InRange<Dtype>(fabs(product))
+      ? product : 0;
+}
+
+template <int V, typename Dtype>
+static __device__ void AddBatches(Dtype* __restrict__ y, Dtype product,
+    const Dtype* __restrict__ v, int length, int lanes) {
+  const int count = length / V;
+  for (int i = Rank(lanes); i < count; i += LOADS * lanes) {
+    Batch<Dtype, V> vs, ys;
+    vs.Load(v, i, lanes, count);
+    ys.Load(y, i, lanes, count);
+    for (int j = 0; j < LOADS; ++j) {
+      for (int k = 0; k < V; ++k) {
+        ys.vectors[j].v[k] += product * vs.vectors[j].v[k];
       }
-      ys[i] = yi;
     }
+    ys.Store(y, i, lanes, count);
+  }
+}
+
+// y += product v, for rows of `length`.
+template <typename Dtype>
+static __device__ void AddProduct(Dtype* y, Dtype product, const Dtype* v,
+    int length, int lanes) {
+  if (Aligned(v, length) && Aligned(y, length)) {
+    AddBatches<LOAD / sizeof(Dtype)>(y, product, v, length, lanes);
   } else {
-    for (int i = threadIdx.x; i < length; i += THREADS) {
-      y[i] += static_cast<Dtype>(product * v[i]);
-    }
+    AddBatches<1>(y, product, v, length, lanes);
+  }
+}
+
+// y += factor v, where the factor is no number of ordinary size: the ratio of
+// the norms may leave the range of double. v / denominator does not, and 0
+// stays 0.
+template <typename Dtype>
+static __device__ void AddFactor(Dtype* __restrict__ y, const Factor& factor,
+    const Dtype* __restrict__ v, int length, int lanes) {
+  if (factor.value == 0) { return; }
+  for (int i = Rank(lanes); i < length; i += lanes) {
+    const double vi = v[i];
+    if (vi == 0) { continue; }
+    y[i] += static_cast<Dtype>(
+        vi / factor.denominator * factor.value * factor.numerator);
   }
 }
 
@@ -245,51 +328,26 @@ static __device__ void MakeKeys(int num_samples, const Labels& of,
   }
 }
 
-// The block's sample: its coefficients, and the margin on its target logit.
-//
-// bad_label, in host memory that the device can write, gets the number of a
-// sample with a label that is no class in its upper half and the label, as
-// float, in the lower. One store, so the halves belong together.
-template <typename Dtype>
-static __device__ void ForwardSample(int sample, const Labels& of,
-    int num_features, int margin, double lambda, const Dtype* __restrict__ x,
-    const Dtype* __restrict__ labels, const Dtype* __restrict__ w,
-    Dtype* __restrict__ logits, Coefficients* __restrict__ coefficients,
-    volatile unsigned long long* bad_label) {
-  const double label = labels[sample];
-  if (of.Ignored(label)) { return; }
-  if (!of.Valid(label)) {
-    if (threadIdx.x == 0) {
-      *bad_label = static_cast<unsigned long long>(sample) << 32
-          | __float_as_uint(static_cast<float>(label));
-    }
-    return;
-  }
-  if (margin == 1) { return; }
-
-  const int y = static_cast<int>(label);
-  x += static_cast<size_t>(sample) * num_features;
-  w += static_cast<size_t>(y) * num_features;
-  Dtype* const logit = logits + static_cast<size_t>(sample) * of.num_classes
-      + y;
-  const double f = *logit;
-  // The barriers inside also keep the read of f before the write below.
-  const Pair norms = Norms(x, w, num_features);
-  if (!Usable(norms.x) || !Usable(norms.w) || !isfinite(f)) {
-    // |w| stays: the class's other samples may use it.
-    if (threadIdx.x == 0) { coefficients[sample] = {0, 0, 0, norms.w}; }
-    return;
-  }
-  const double c = fmin(1.0, fmax(-1.0, f / norms.x / norms.w));
-  // k of the paper's psi: the borders cos(j pi / m) at or above c.
+// k of the paper's psi: how many of the borders cos(j pi / m) are at or above
+// the lane's c. A lane has a border, for all.
+static __device__ int Segment(double c, int margin) {
+  const int lane = threadIdx.x % WARP;
   int k = 0;
-  for (int first = 1; first < margin; first += THREADS) {
-    const int j = first + threadIdx.x;
-    k += __syncthreads_count(
-        j < margin && c <= cospi(static_cast<double>(j) / margin));
+  for (int first = 1; first < margin; first += WARP) {
+    const double border = cospi(static_cast<double>(first + lane) / margin);
+    const int left = margin - first;
+    for (int j = 0; j < left && j < WARP; ++j) {
+      k += c <= __shfl_sync(FULL_MASK, border, j);
+    }
   }
-  if (threadIdx.x != 0) { return; }
+  return k;
+}
 
+// The coefficients of a sample with the target logit f, on which it puts the
+// margin.
+template <typename Dtype>
+static __device__ Coefficients PutMargin(double f, const Pair& norms, double c,
+    int k, int margin, double lambda, Dtype* logit) {
   // Chebyshev's recurrence: t becomes T_m(c), u becomes U_{m-1}(c).
   double t_before = 1, t = c, u_before = 0, u = 1;
   for (int i = 1; i < margin; ++i) {
@@ -310,49 +368,134 @@ static __device__ void ForwardSample(int sample, const Labels& of,
     margin_logit = fmin(norms.x, norms.w) * psi * fmax(norms.x, norms.w);
   }
   *logit = static_cast<Dtype>(f + (margin_logit - f) * share);
-  Coefficients result;
-  result.a = (dpsi - 1) * share;
-  result.b = (psi - c * dpsi) * share;
-  result.x = norms.x;
-  result.w = norms.w;
-  coefficients[sample] = result;
+  Coefficients of;
+  of.a = (dpsi - 1) * share;
+  of.b = (psi - c * dpsi) * share;
+  of.x = norms.x;
+  of.w = norms.w;
+  return of;
 }
 
-// The first num_tiles blocks sort, which takes longest; then a block a sample.
+// The team's samples: their coefficients, and the margin on their target
+// logits. A lane's own sample is the first and its number; with other lanes it
+// reads the rows of each.
+//
+// bad_label, in host memory that the device can write, gets the number of a
+// sample with a label that is no class in its upper half and the label, as
+// float, in the lower. One store, so the halves belong together.
+template <typename Dtype>
+static __device__ void ForwardSamples(int first, int num_samples,
+    const Team& team, const Labels& of, int num_features, int margin,
+    double lambda, const Dtype* __restrict__ x,
+    const Dtype* __restrict__ labels, const Dtype* __restrict__ w,
+    Dtype* __restrict__ logits, Coefficients* __restrict__ coefficients,
+    volatile unsigned long long* bad_label) {
+  const int lane = threadIdx.x % WARP;
+  const int sample = first + lane;
+  int y = NO_CLASS;
+  if (lane < team.rows && sample < num_samples) {
+    const double label = labels[sample];
+    if (of.Valid(label) && !of.Ignored(label)) {
+      y = static_cast<int>(label);
+    } else if (!of.Ignored(label) && team.Tells()) {
+      *bad_label = static_cast<unsigned long long>(sample) << 32
+          | __float_as_uint(static_cast<float>(label));
+    }
+  }
+  if (margin == 1) { return; }
+
+  const bool has_class = y != NO_CLASS;
+  Dtype* const logit = logits + static_cast<long long>(sample) * of.num_classes
+      + y;
+  // Where a block reads the row, its joins keep this before the write below.
+  const double f = has_class ? *logit : Dtype(0);
+  // Those of no sample or class are not read.
+  const auto x_row = [&](int row) {
+    return x + static_cast<long long>(first + row) * num_features;
+  };
+  const auto w_row = [&](int of_class) {
+    return w + static_cast<long long>(of_class) * num_features;
+  };
+  Pair squares = {1, 1};
+  for (int row = 0; row < team.rows; row += team.AtOnce()) {
+    const int read = row + team.Among();
+    const int read_y = __shfl_sync(FULL_MASK, y, read);
+    const Pair found = Squares(x_row(read), w_row(read_y),
+        read_y == NO_CLASS ? 0 : num_features, team.lanes);
+    // To the lane whose sample it is.
+    const int from = lane * team.lanes % WARP;
+    const Pair own = {__shfl_sync(FULL_MASK, found.x, from),
+        __shfl_sync(FULL_MASK, found.w, from)};
+    if (has_class && row <= lane && lane < row + team.AtOnce()) {
+      squares = own;
+    }
+  }
+  Pair norms = {sqrt(squares.x), sqrt(squares.w)};
+  unsigned scaled = __ballot_sync(FULL_MASK,
+      !InRange<Dtype>(squares.x) || !InRange<Dtype>(squares.w));
+  for (; scaled != 0; scaled &= scaled - 1) {
+    const int row = __ffs(scaled) - 1;
+    const Pair found = ScaledNorms(x_row(row),
+        w_row(__shfl_sync(FULL_MASK, y, row)), num_features, team.Most());
+    if (lane == row) { norms = found; }
+  }
+
+  if (!team.Tells()) { return; }
+  const bool usable = Usable(norms.x) && Usable(norms.w) && isfinite(f);
+  const double c =
+      usable ? fmin(1.0, fmax(-1.0, f / norms.x / norms.w)) : 0.0;
+  const int k = Segment(c, margin);
+  if (!has_class) { return; }
+  // |w| stays where |x| is no use: the class's other samples may use it.
+  coefficients[sample] = usable
+      ? PutMargin(f, norms, c, k, margin, lambda, logit)
+      : Coefficients{0, 0, 0, norms.w};
+}
+
+// The first num_tiles blocks sort, which takes longest; the others have the
+// samples.
 template <typename Dtype>
 static __device__ void Forward(int num_samples, int num_tiles,
-    const Labels& of, int num_features, int margin, double lambda,
-    const Dtype* x, const Dtype* labels, const Dtype* w, Dtype* logits,
-    Coefficients* coefficients, Key* keys,
+    const Team& team, const Labels& of, int num_features, int margin,
+    double lambda, const Dtype* x, const Dtype* labels, const Dtype* w,
+    Dtype* logits, Coefficients* coefficients, Key* keys,
     volatile unsigned long long* bad_label) {
   const int block = blockIdx.x;
   if (block < num_tiles) {
     MakeKeys(num_samples, of, labels, block, keys);
   } else {
-    ForwardSample(block - num_tiles, of, num_features, margin, lambda, x,
-        labels, w, logits, coefficients, bad_label);
+    ForwardSamples(team.First(block - num_tiles), num_samples, team, of,
+        num_features, margin, lambda, x, labels, w, logits, coefficients,
+        bad_label);
   }
 }
 
-// Merges neighbouring sorted runs of `from`, each `run` long but for the last:
-// a key's place is its own in its run plus the keys before it in the other.
+// Merges each WAYS neighbouring sorted runs of `from`, which are `run` long, a
+// power of 2, but for the last: a key's place is the number of keys before it
+// in all of these. The searches advance together, so that their loads overlap.
 static __device__ void Merge(int num_samples, int run,
     const Key* __restrict__ from, Key* __restrict__ to) {
   const int i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= num_samples) { return; }
   const Key key = from[i];
-  const int own = i / run * run;
-  const int both = i / run / 2 * 2 * run;
-  const int other = own == both ? both + run : both;
-  // The first key of the other run that is not before this one.
-  int low = other < num_samples ? other : num_samples;
-  int high = num_samples - low < run ? num_samples : low + run;
-  const int begin = low;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (from[middle] < key) { low = middle + 1; } else { high = middle; }
+  const int own = i / run;
+  const int first = (own - own % WAYS) * run;
+  int before[WAYS] = {};
+  for (int step = run; step > 0; step /= 2) {
+    Key last[WAYS];
+    for (int way = 0; way < WAYS; ++way) {
+      const long long at =
+          first + static_cast<long long>(way) * run + before[way] + step - 1;
+      last[way] = before[way] + step <= run && at < num_samples
+          ? from[at] : ~Key(0);
+    }
+    for (int way = 0; way < WAYS; ++way) {
+      if (last[way] < key) { before[way] += step; }
+    }
   }
-  to[both + (i - own) + (low - begin)] = key;
+  int place = first;
+  for (int way = 0; way < WAYS; ++way) { place += before[way]; }
+  to[place] = key;
 }
 
 // The key at a place, one without a class behind the last.
@@ -362,8 +505,8 @@ static __device__ Key KeyAt(const Key* __restrict__ keys, int num_samples,
 }
 
 // A thread a place among the keys. Puts g (1 + a) in the place of the target
-// entry g of `diff`, which it keeps in `entries`, by sample. Where the keys are
-// sorted, sums[place] becomes the sum of g b |x| over the samples of its class
+// entry g of `diff`, which it keeps in `entries`. Where the keys are sorted,
+// sums[place] becomes the sum of g b |x| over the samples of its class
 // from this place to the block's last.
 template <typename Dtype>
 static __device__ void Fold(int num_samples, int num_classes,
@@ -383,7 +526,7 @@ static __device__ void Fold(int num_samples, int num_classes,
     if (of.x != 0) {
       Dtype* const entry = diff + static_cast<size_t>(sample) * num_classes + y;
       const Dtype g = *entry;
-      entries[sample] = g;
+      entries[place] = g;
       *entry = static_cast<Dtype>(g * (1 + of.a));
       sum = g * of.b * of.x;
     }
@@ -400,50 +543,106 @@ static __device__ void Fold(int num_samples, int num_classes,
   if (place < num_samples) { sums[place] = sum; }
 }
 
-// The block's place among the keys: puts its sample's target entry back and
-// adds to the sample's row of dx, or, as a block of the grid's second row, to
-// the row of dW of its class, if it is the first of it. dx may be null.
+// The team's places among the keys, a lane's own being the first and its
+// number: puts their samples' target entries back and adds to their rows of
+// dx, which may be null.
 template <typename Dtype>
-static __device__ void Backward(int num_samples, int num_classes,
-    int num_features, const Dtype* __restrict__ x, const Dtype* __restrict__ w,
+static __device__ void BackwardSamples(int first, int num_samples,
+    int num_classes, int num_features, const Team& team,
+    const Dtype* __restrict__ x,
     const Coefficients* __restrict__ coefficients,
     const Key* __restrict__ keys, const Dtype* __restrict__ entries,
-    const double* __restrict__ sums, Dtype* __restrict__ diff,
-    Dtype* __restrict__ dx, Dtype* __restrict__ dw) {
-  const int place = blockIdx.x;
-  const Key key = keys[place];
-  const int y = ClassOf(key);
-  if (y == NO_CLASS) { return; }
-  const int sample = SampleOf(key);
-  const size_t x_row = static_cast<size_t>(sample) * num_features;
-  const size_t w_row = static_cast<size_t>(y) * num_features;
+    Dtype* __restrict__ diff, Dtype* __restrict__ dx) {
+  const int lane = threadIdx.x % WARP;
+  const int place = first + lane;
+  const Key key = lane < team.rows ? KeyAt(keys, num_samples, place) : ~Key(0);
+  // By a lane that has read the key and whose sample has an angle.
+  int sample = -1;
+  Factor factor = {0, 1, 1};
+  if (ClassOf(key) != NO_CLASS) {
+    const Coefficients of = coefficients[SampleOf(key)];
+    if (of.x != 0) {
+      sample = SampleOf(key);
+      const Dtype entry = entries[place];
+      if (team.Tells()) {
+        diff[static_cast<size_t>(sample) * num_classes + ClassOf(key)] = entry;
+      }
+      factor = {entry * of.b, of.w, of.x};
+    }
+  }
+  if (!dx) { return; }
+  const Dtype product = Product<Dtype>(factor);
+  for (int row = 0; row < team.rows; row += team.AtOnce()) {
+    const int read = row + team.Among();
+    const int read_sample = __shfl_sync(FULL_MASK, sample, read);
+    const Dtype read_product = __shfl_sync(FULL_MASK, product, read);
+    const size_t at = static_cast<size_t>(read_sample) * num_features;
+    if (read_product != 0) {
+      AddProduct(dx + at, read_product, x + at, num_features, team.lanes);
+    } else if (read_sample >= 0) {
+      const Coefficients of = coefficients[read_sample];
+      const Factor apart = {entries[first + read] * of.b, of.w, of.x};
+      AddFactor(dx + at, apart, x + at, num_features, team.lanes);
+    }
+  }
+}
+
+// The same places: adds to the row of dW of each class whose first key is at
+// one of them.
+template <typename Dtype>
+static __device__ void BackwardClasses(int first, int num_samples,
+    int num_features, const Team& team, const Dtype* __restrict__ w,
+    const Coefficients* __restrict__ coefficients,
+    const Key* __restrict__ keys, const double* __restrict__ sums,
+    Dtype* __restrict__ dw) {
+  const int lane = threadIdx.x % WARP;
+  const int lanes = team.Most();
+  const int own = first + lane;
+  const Key key = lane < team.rows ? KeyAt(keys, num_samples, own) : ~Key(0);
+  unsigned begin = __ballot_sync(FULL_MASK, ClassOf(key) != NO_CLASS
+      && (own == 0 || ClassOf(keys[own - 1]) != ClassOf(key)));
+  for (; begin != 0; begin &= begin - 1) {
+    const int source = __ffs(begin) - 1;
+    const int place = first + source;
+    const int y = __shfl_sync(FULL_MASK, ClassOf(key), source);
+    const int sample = __shfl_sync(FULL_MASK, SampleOf(key), source);
+    // The class ends in the block of Fold that it begins in, or goes on.
+    double sum = sums[place];
+    const int next = (place / THREADS + 1) * THREADS;
+    if (ClassOf(KeyAt(keys, num_samples, next)) == y) {
+      Pair more = {0, 0};
+      for (long long i = next
+          + static_cast<long long>(Rank(lanes)) * THREADS;
+          i < num_samples && ClassOf(keys[i]) == y; i += lanes * THREADS) {
+        more.w += sums[i];
+      }
+      sum += JoinRow<Add>(more, lanes).w;
+    }
+    const Factor factor = {sum, 1, coefficients[sample].w};
+    const Dtype product = Product<Dtype>(factor);
+    const size_t at = static_cast<size_t>(y) * num_features;
+    if (product != 0) {
+      AddProduct(dw + at, product, w + at, num_features, lanes);
+    } else {
+      AddFactor(dw + at, factor, w + at, num_features, lanes);
+    }
+  }
+}
+
+// A grid's first row of blocks has the samples, its second the classes.
+template <typename Dtype>
+static __device__ void Backward(int num_samples, int num_classes,
+    int num_features, const Team& team, const Dtype* x, const Dtype* w,
+    const Coefficients* coefficients, const Key* keys, const Dtype* entries,
+    const double* sums, Dtype* diff, Dtype* dx, Dtype* dw) {
+  const int first = team.First(blockIdx.x);
   if (blockIdx.y == 0) {
-    const Coefficients of = coefficients[sample];
-    if (of.x == 0) { return; }
-    const Dtype entry = entries[sample];
-    if (threadIdx.x == 0) {
-      diff[static_cast<size_t>(sample) * num_classes + y] = entry;
-    }
-    if (dx) {
-      const Factor factor = {entry * of.b, of.w, of.x};
-      AddScaled(dx + x_row, factor, x + x_row, num_features);
-    }
-    return;
+    BackwardSamples(first, num_samples, num_classes, num_features, team, x,
+        coefficients, keys, entries, diff, dx);
+  } else {
+    BackwardClasses(first, num_samples, num_features, team, w, coefficients,
+        keys, sums, dw);
   }
-  if (place > 0 && ClassOf(keys[place - 1]) == y) { return; }
-  // The class ends in the block of Fold that it begins in, or goes on.
-  double sum = sums[place];
-  const int next = (place / THREADS + 1) * THREADS;
-  if (ClassOf(KeyAt(keys, num_samples, next)) == y) {
-    Pair more = {0, 0};
-    for (long long i = next + static_cast<long long>(threadIdx.x) * THREADS;
-        i < num_samples && ClassOf(keys[i]) == y; i += THREADS * THREADS) {
-      more.w += sums[i];
-    }
-    sum += JoinBlock<Add>(more).w;
-  }
-  const Factor factor = {sum, 1, coefficients[sample].w};
-  AddScaled(dw + w_row, factor, w + w_row, num_features);
 }
 
 // Without __launch_bounds__: with it, nvcc spills, to fit in more blocks.
@@ -451,13 +650,13 @@ static __device__ void Backward(int num_samples, int num_classes,
 
 #define KERNELS(Dtype, suffix) \
   KERNEL large_margin_forward_##suffix(int num_samples, int num_tiles, \
-      Labels of, int num_features, int margin, double lambda, \
+      Team team, Labels of, int num_features, int margin, double lambda, \
       const Dtype* __restrict__ x, const Dtype* __restrict__ labels, \
       const Dtype* __restrict__ w, Dtype* __restrict__ logits, \
       Coefficients* __restrict__ coefficients, Key* __restrict__ keys, \
       unsigned long long* bad_label) { \
-    Forward<Dtype>(num_samples, num_tiles, of, num_features, margin, lambda, \
-        x, labels, w, logits, coefficients, keys, bad_label); \
+    Forward<Dtype>(num_samples, num_tiles, team, of, num_features, margin, \
+        lambda, x, labels, w, logits, coefficients, keys, bad_label); \
   } \
   KERNEL large_margin_merge_##suffix(int num_samples, int run, \
       const Key* __restrict__ from, Key* __restrict__ to) { \
@@ -471,13 +670,13 @@ static __device__ void Backward(int num_samples, int num_classes,
         sums); \
   } \
   KERNEL large_margin_backward_##suffix(int num_samples, int num_classes, \
-      int num_features, const Dtype* __restrict__ x, \
+      int num_features, Team team, const Dtype* __restrict__ x, \
       const Dtype* __restrict__ w, \
       const Coefficients* __restrict__ coefficients, \
       const Key* __restrict__ keys, const Dtype* __restrict__ entries, \
       const double* __restrict__ sums, Dtype* __restrict__ diff, \
       Dtype* __restrict__ dx, Dtype* __restrict__ dw) { \
-    Backward<Dtype>(num_samples, num_classes, num_features, x, w, \
+    Backward<Dtype>(num_samples, num_classes, num_features, team, x, w, \
         coefficients, keys, entries, sums, diff, dx, dw); \
   }
 

@@ -80,6 +80,7 @@ struct Fiber {
   bool predicate = false;
   uint64_t value = 0;
   uint64_t result = 0;
+  unsigned votes = 0;  // the lanes of the mask whose value is not 0
 };
 
 [[noreturn]] inline void Fail(const char* what, const Fiber& fiber) {
@@ -188,12 +189,17 @@ struct Worker {
         Fail("a lane of its mask is at another warp function", *self);
       }
     }
+    unsigned votes = 0;
+    for (unsigned i = 0; i < kWarp; ++i) {
+      if (mask >> i & 1 && lanes[i].value != 0) { votes |= 1u << i; }
+    }
     for (unsigned i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) { continue; }
       if (!(mask >> lanes[i].source & 1)) {
         Fail("reads a lane outside the mask", lanes[i]);
       }
       lanes[i].result = lanes[lanes[i].source].value;
+      lanes[i].votes = votes;
       lanes[i].at = At::kReady;
     }
   }
@@ -331,6 +337,11 @@ EMULATOR T Shuffle(unsigned mask, T value, unsigned source, Site site) {
   return std::bit_cast<T>(static_cast<Bits<T>>(worker.self->result));
 }
 
+EMULATOR inline unsigned Ballot(unsigned mask, bool predicate, Site site) {
+  worker.Meet(mask, Lane(), predicate, site);
+  return worker.self->votes;
+}
+
 }  // namespace emulate
 
 #define threadIdx (emulate::ThreadIndex())
@@ -354,7 +365,20 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATE_SITE) {
   return emulate::Shuffle(mask, value,
       lane + delta < emulate::kWarp ? lane + delta : lane, site);
 }
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, unsigned bits, EMULATE_SITE) {
+  return emulate::Shuffle(mask, value, emulate::Lane() ^ bits, site);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, EMULATE_SITE) {
+  return emulate::Shuffle(mask, value,
+      static_cast<unsigned>(source) % emulate::kWarp, site);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATE_SITE) {
+  return emulate::Ballot(mask, predicate != 0, site);
+}
 
+inline int __ffs(unsigned bits) { return std::countr_zero(bits) + 1; }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
 }

@@ -293,6 +293,37 @@ void Borders() {
   }
 }
 
+// How many lanes read a row and how many rows a warp has, around each border:
+// of K by vectors and by single values, and of M. A block reads a row where
+// there are less than 1024 that a warp could not have under way at once.
+template <typename Dtype>
+void Teams() {
+  const int batch = 64 / sizeof(Dtype);  // values of a lane, by vectors
+  for (int lanes = 1; lanes <= 32; lanes *= 2) {
+    for (const int k : {lanes * batch, lanes * batch + 4, lanes * 4 + 1}) {
+      // Of several warps: the last one has less than all its rows, or none.
+      for (const int m : {1, 32 / lanes + 1, 128 / lanes + 1}) {
+        Run(Problem<Dtype>(m, k, 3, 4, 1), "a team's border");
+      }
+    }
+  }
+}
+
+// Warps that read their rows by turns, two or one at once; lanes that read a
+// row by several batches; and keys that are merged twice.
+void ManyRows() {
+  const int shapes[][3] = {{4100, 132, 2}, {2049, 260, 1}, {1024, 516, 2},
+      {8300, 1, 3}};
+  for (const auto& s : shapes) {
+    Problem<float> p(s[0], s[1], s[2], 4, 1);
+    for (int i = 0; i < s[0]; i += 7) { p.labels[i] = kIgnoreLabel; }
+    Run(p, "many rows");
+  }
+  Problem<float> p(1500, 20, 2, 4, 1);
+  std::fill(p.labels.begin(), p.labels.end(), 1.f);
+  Run(p, "one label of many samples");
+}
+
 // Classes that begin and end beside the borders of Fold's blocks.
 void Runs() {
   for (const int run : {64, 127, 128, 129, 300}) {
@@ -390,8 +421,10 @@ void Extremes() {
         p->g[p->classes + int(p->labels[1])] = Dtype(kNan); }},
   };
   for (const auto& edit : edits) {
-    for (const int margin : {1, 4}) {
-      Problem<Dtype> p(12, 37, 5, margin, 0.25);
+    // Read by some lanes of a warp, by one, and by a block.
+    const int shapes[][2] = {{37, 1}, {37, 4}, {8, 4}, {516, 4}};
+    for (const auto& s : shapes) {
+      Problem<Dtype> p(12, s[0], 5, s[1], 0.25);
       edit.second(&p);
       Run(p, edit.first);
     }
@@ -400,7 +433,7 @@ void Extremes() {
 
 template <typename Dtype>
 void LeftOut() {
-  const Problem<Dtype> p(11, 19, 6, 4, 2);
+  const Problem<Dtype> p(11, 19, 6, 4, 2), by_blocks(3, 516, 2, 4, 2);
   for (int mask = 0; mask < 32; ++mask) {
     Wanted wanted;
     wanted.labels = mask & 1;
@@ -409,6 +442,7 @@ void LeftOut() {
     wanted.dw = mask & 8;
     wanted.plain_diff = mask & 16;
     Run(p, "with parts left out, " + std::to_string(mask), wanted);
+    Run(by_blocks, "with parts left out, " + std::to_string(mask), wanted);
   }
   Run(Problem<Dtype>(0, 5, 3, 4, 1), "no sample");
   Run(Problem<Dtype>(4, 0, 3, 4, 1), "no feature");
@@ -466,6 +500,19 @@ void DriverCalls() {
     Check(STANDIN(standin_host_bytes)() == 8, "host memory of the layer");
   }
   Check(STANDIN(standin_host_bytes)() == 0, "host memory leaks");
+  // More tiles than one are merged, by eights.
+  const int merges[][2] = {{1024, 0}, {1025, 1}, {8192, 1}, {8193, 2}};
+  for (const auto& m : merges) {
+    const Problem<float> many(m[0], 1, 1, 2, 1);
+    Layer<float> layer(many);
+    Outcome<float> out = layer.Prepare({});
+    layer.GpuForward({}, &out);
+    const std::string calls =
+        CallsOf([&] { layer.GpuBackward({}, &out); });
+    Check(calls.size() == (2 + m[1]) * sizeof("cuLaunchKernel"),
+        many.name + ": backward calls " + calls);
+    Synchronize();
+  }
 
   Layer<float> second(p);
   const std::string calls = CallsOf([&] { second.Gpu(); });
@@ -474,13 +521,14 @@ void DriverCalls() {
 }
 
 template <typename Dtype>
-void BadLabels() {
+void BadLabels(int samples, int features) {
   const double bad[] = {-1, 5, 0.5, kNan, kInf, -kInf, 1e30};
   for (const double label : bad) {
-    Problem<Dtype> p(140, 6, 5, 4, 1);
-    p.labels[134] = Dtype(label);
+    Problem<Dtype> p(samples, features, 5, 4, 1);
+    const int at = samples - 6;
+    p.labels[at] = Dtype(label);
     Problem<Dtype> ignored = p;
-    ignored.labels[134] = kIgnoreLabel;
+    ignored.labels[at] = kIgnoreLabel;
     Layer<Dtype> layer(p);
     Outcome<Dtype> out = layer.Prepare({});
     layer.GpuForward({}, &out);
@@ -495,8 +543,8 @@ void BadLabels() {
     if (std::isnan(label)) { snprintf(printed, sizeof(printed), "NaN"); }
     const std::string backward =
         ErrorOf([&] { layer.GpuBackward({}, &out); });
-    CheckSays(backward, {"sample 134", std::string("label ") + printed,
-        "[0, 5)", "-7"});
+    CheckSays(backward, {"sample " + std::to_string(at),
+        std::string("label ") + printed, "[0, 5)", "-7"});
     Check(backward == ErrorOf([&] { layer.GpuForward({}, &out); }),
         "forward and backward report a bad label differently");
 
@@ -508,7 +556,7 @@ void BadLabels() {
         "the last batch's bad label is not reported at the end");
   }
   {
-    const Problem<Dtype> good(140, 6, 5, 4, 1);
+    const Problem<Dtype> good(samples, features, 5, 4, 1);
     Layer<Dtype> layer(good);
     Check(ErrorOf([&] { lsoftmax::finish(*layer.rust_); }).empty(),
         "an error at the end of a layer that never ran");
@@ -516,7 +564,7 @@ void BadLabels() {
     Check(ErrorOf([&] { lsoftmax::finish(*layer.rust_); }).empty(),
         "an error at the end of a layer without bad labels");
   }
-  Problem<Dtype> p(140, 6, 5, 1, 1);
+  Problem<Dtype> p(samples, features, 5, 1, 1);
   for (Dtype& label : p.labels) { label = Dtype(5); }
   Layer<Dtype> layer(p);
   layer.Gpu();
@@ -726,13 +774,14 @@ template <typename Dtype>
 void RunAll() {
   Shapes<Dtype>();
   Borders<Dtype>();
+  Teams<Dtype>();
   Misaligned<Dtype>();
   UnusableFirst<Dtype>();
   Angles<Dtype>();
   Extremes<Dtype>();
   LeftOut<Dtype>();
   Passes<Dtype>();
-  BadLabels<Dtype>();
+  BadLabels<Dtype>(140, 6);
   Diagnoses<Dtype>();
   MixedModes<Dtype>();
 }
@@ -744,7 +793,9 @@ int main(int argc, char** argv) {
     RunAll<float>();
     RunAll<double>();
     Runs();
+    ManyRows();
     ManySamples();
+    BadLabels<float>(9, 516);
     DriverCalls();
     DriverErrors();
     Devices();

@@ -21,4 +21,4 @@ export LSOFTMAX_NVCC LSOFTMAX_NVCC_FLAGS
 tests/cuda/occupancy.sh --check
 # A folder of its own: another build script's outcome would be thrown away.
 CARGO_TARGET_DIR=build/cuda_test exec cargo test --locked \
-  --features emulated --test emulated
+  --features emulated --lib --test emulated

@@ -225,6 +225,10 @@ ROWS = [
     Row("margin / InnerProduct (128, 512, 1000)", "margin 128 512 1000",
         "margin 8 16 10",
         (("more_ms", 1000, "most", 12, "at most 12 us more"), _MEMORY)),
+    # A label a pixel, without a budget until a GPU has run it: the products
+    # take little beside the passes over x and dx.
+    Row("margin / InnerProduct (65536, 64, 21)", "margin 65536 64 21",
+        "margin 40 8 3"),
     Row("margin / InnerProduct (512, 512, 10572)", "margin 512 512 10572",
         "margin 16 16 30", (_ratio(1.03), _MEMORY)),
     Row("margin / InnerProduct (256, 512, 100000)", "margin 256 512 100000",

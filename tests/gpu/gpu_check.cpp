@@ -159,8 +159,11 @@ vector<int> Shape(int a, int b, int c = -1, int d = -1) {
 
 template <typename Dtype>
 void MarginParity() {
+  // The last three: a block a row, and warps that have more rows than they
+  // read at once.
   const int sizes[][3] = {{1, 1, 1}, {3, 2, 5}, {129, 33, 17}, {7, 700, 3},
-      {64, 128, 1}, {300, 40, 10}};
+      {64, 128, 1}, {300, 40, 10}, {60, 1024, 7}, {2100, 260, 5},
+      {9000, 132, 3}};
   for (const auto& s : sizes) {
     for (int margin = 1; margin <= 5; ++margin) {
       Parity<Dtype>(Format(kMargin, "num_output: " + caffe::format_int(s[2])

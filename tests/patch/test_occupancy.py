@@ -11,25 +11,31 @@ PROGRAM = Path(__file__).resolve().parents[1] / "cuda/occupancy.py"
 ENTRY = """\
 ptxas info    : Compiling entry function '%s' for 'sm_%d'
 ptxas info    : Function properties for %s
-    0 bytes stack frame, %d bytes spill stores, %d bytes spill loads
+    %d bytes stack frame, %d bytes spill stores, %d bytes spill loads
 ptxas info    : Used %d registers, used 1 barriers%s, 400 bytes cmem[0]
 """
 
 
-def run(folder, entries, *options, archs=(75, 80, 90, 120), status=0):
-    """Runs it with an nvcc that knows archs and says entries of each layer's
-    kernels."""
+def run(folder, entries, *options, archs=(75, 80, 90, 120), status=0, ptx=""):
+    """Runs it with an nvcc that knows archs, says entries of the margin layer's
+    kernels and makes ptx of them."""
     log = "".join(ENTRY % entry for entry in entries)
     (folder / "log").write_text(log)
+    (folder / "ptx").write_text(ptx)
     nvcc = folder / "nvcc"
     nvcc.write_text("""#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then
   printf 'compute_%%s\\n' %s; exit
 fi
 echo "$*" >> %s/calls
-case "$*" in *large_margin*) cat %s/log >&2 ;; esac
+for to; do :; done
+case "$*" in
+  -ptx*large_margin*) cp %s/ptx "$to" ;;
+  -ptx*) : > "$to" ;;
+  *large_margin*) cat %s/log >&2 ;;
+esac
 exit %d
-""" % (" ".join(map(str, archs)), folder, folder, status))
+""" % (" ".join(map(str, archs)), folder, folder, folder, status))
     nvcc.chmod(0o755)
     return subprocess.run(
         [sys.executable, str(PROGRAM), "--nvcc", str(nvcc), *options],
@@ -37,8 +43,8 @@ exit %d
         env=dict(os.environ, NVCC_CCBIN=""))
 
 
-def entry(name, gpu, registers, shared="", stores=0, loads=0):
-    return name, gpu, name, stores, loads, registers, shared
+def entry(name, gpu, registers, shared="", frame=0, stores=0, loads=0):
+    return name, gpu, name, frame, stores, loads, registers, shared
 
 
 @pytest.mark.parametrize("gpu, registers, shared, blocks", [
@@ -70,9 +76,12 @@ def test_the_table_and_what_is_compiled(tmp_path):
         "| a_f32 | 128 | 0 | 32, 0, 16 | 32, 0, 16 |"]
     calls = (tmp_path / "calls").read_text()
     assert calls.count("arch=compute_80,code=sm_80") == 2
+    assert calls.count("-ptx -arch=compute_90 ") == 2
     assert "sm_70" not in calls and "-DTHREADS=256" in calls
     done = run(tmp_path, both, "--check", archs=[80, 90])
-    assert done.stdout == "4 compiled kernels, none spills\n"
+    assert done.stdout == (
+        "4 compiled kernels, none with local memory; loads of 16 bytes where "
+        "they are meant\n")
 
 
 def test_spills_and_a_compiler_that_fails(tmp_path):
@@ -80,9 +89,32 @@ def test_spills_and_a_compiler_that_fails(tmp_path):
     for options in ([], ["--float"], ["--check"]):
         done = run(tmp_path, [bad], *options, archs=[80])
         assert done.returncode == 1
-        assert done.stderr == ("error: registers spill: k_f64 on sm_80 "
-                               "(24 bytes)\n")
+        assert done.stderr == (
+            "error: registers spill, or arrays lie in local memory: "
+            "k_f64 on sm_80 (24 bytes)\n")
+    done = run(tmp_path, [entry("k_f32", 80, 20, frame=64)], "--check",
+               archs=[80])
+    assert done.stderr.endswith("k_f32 on sm_80 (64 bytes)\n")
     assert run(tmp_path, [], status=2).stderr.endswith(
         "failed on src/large_margin/kernels.cu\n")
     assert "says nothing of" in run(tmp_path, []).stderr
     assert "compiles for none of" in run(tmp_path, [], archs=[35]).stderr
+
+
+def test_loads_of_16_bytes(tmp_path):
+    """A kernel that is listed has them; those of others do not count."""
+    name = "large_margin_forward_f32"
+    wide = (" ld.global.nc.v4.f32 {%f1, %f2, %f3, %f4}, [%rd1];\n"
+            " ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd1];\n"
+            " ld.global.L1::no_allocate.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];\n"
+            " ld.global.nc.v2.f64 {%fd1, %fd2}, [%rd2];\n"
+            " ld.global.f32 %f1, [%rd1];\n")
+    kernel = ".visible .entry %s(\n%s)\n"
+    for text, found in ((wide * 2 + wide[:40], 7), (wide * 3, 9), ("", 0)):
+        ptx = kernel % (name, text) + kernel % ("other_f32", wide * 9)
+        done = run(tmp_path, [entry(name, 90, 40)], "--check", archs=[90],
+                   ptx=ptx)
+        assert (done.returncode == 0) == (found >= 8), done.stderr
+        assert found >= 8 or done.stderr == (
+            "error: too few loads of 16 bytes: %s (%d, not 8)\n"
+            % (name, found))

@@ -4,10 +4,14 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 PROJECT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(PROJECT / "tests/robustness"))
+
+import sanitize  # noqa: E402
 
 CARGO = """#!/bin/sh
 case $* in
@@ -73,3 +77,30 @@ def test_stages_that_fail(results, tests, words, total):
     status, rows, closing = results(tests, "asan")
     assert status == 1
     assert rows == [("FAILED", "asan", words)] and closing == total
+
+
+# Solvers as Caffe's, with an iteration that nobody has set.
+SOLVER = """int characters;
+struct Solver {
+  void SnapshotFilename() { if (iter_ > 9) { characters = iter_; } }
+  void CheckSnapshotWritePermissions() { SnapshotFilename(); }
+  void Snapshot() { SnapshotFilename(); }
+  int iter_;
+};
+int main() { Solver solver; solver.%s(); }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="no valgrind")
+@pytest.mark.parametrize("caller, status", [
+    ("CheckSnapshotWritePermissions", 0), ("Snapshot", 9)])
+def test_only_the_name_that_caffes_solver_tries_is_let_through(
+        tmp_path, caller, status):
+    (tmp_path / "suppressions").write_text(sanitize.SUPPRESSIONS)
+    subprocess.run(["c++", "-O0", "-g", "-x", "c++", "-o", tmp_path / "solver",
+                    "-"], input=SOLVER % caller, text=True, check=True)
+    done = subprocess.run(
+        ["valgrind", "--suppressions=%s" % (tmp_path / "suppressions"),
+         "--error-exitcode=9", tmp_path / "solver"], stderr=subprocess.PIPE,
+        text=True)
+    assert done.returncode == status, done.stderr

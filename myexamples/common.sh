@@ -193,8 +193,9 @@ are_official() {
 # last_snapshot DIR: the solver state of DIR with the most iterations, if any,
 # of those that are whole.
 last_snapshot() {
-  [ -z "$(find "$1" -name '*_iter_*.solverstate*' -print -quit)" ] ||
+  if compgen -G "$1/*_iter_*.solverstate*" > /dev/null; then
     "$PYTHON" "$ROOT/myexamples/snapshots.py" "$1"
+  fi
 }
 
 # is_whole MODEL: whether that .caffemodel is there and not cut short.

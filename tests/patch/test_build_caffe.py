@@ -590,9 +590,11 @@ def test_ctrl_c_ends_a_clone(world):
     """git does not go on in a process group of its own."""
     world.program(world.bin / "git", 'echo $$ > "$STATE/git"; sleep 60')
     command, env = world.command()
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    # Of a suite in the background the shell has Ctrl-C ignored, for all below.
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     pid = world.state / "git"
     try:
         while not (pid.exists() and pid.read_text().endswith("\n")):

@@ -288,6 +288,7 @@ mod tests {
         let other = guard::<()>(|| std::panic::panic_any(5)).unwrap_err();
         assert!(other.to_string().ends_with("no message"));
     }
+
     #[test]
     fn a_view_of_nothing_is_empty_and_one_out_of_line_is_refused() {
         let memory = [1f32, 2.0, 3.0];

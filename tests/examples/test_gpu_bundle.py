@@ -142,7 +142,8 @@ def test_parts_by_name(bundle):
                                             "cifar10 m=4"}
     out = bundle.run("list")
     assert len(out.splitlines()) == (len(checks.test_names({"gtests": GTESTS}))
-                                     + len(checks.ROWS) + 1 + 4 + 2)
+                                     + len(checks.ROWS)
+                                     + len(checks.PROFILES) + 4 + 2)
 
 
 @pytest.mark.parametrize("args, says", [
@@ -298,16 +299,17 @@ def test_ncu(bundle):
     program(bundle.tools / "ncu", "import sys\n"
             "open(%r, 'w').write(' '.join(sys.argv))\nprint(%r)\n"
             % (str(bundle.state / "ncu"), "\n".join(lines)))
-    bundle.run("profile")
-    kernels = bundle.found()["profile"]["ncu"]["kernels"]
+    bundle.run("profile", "28 28")
+    kernels = bundle.found()["profile"]["ncu bn 128 64 28 28"]["kernels"]
     assert kernels[0] == {"kernel": "bn_normalize_f32", "launches": 2,
                           "metrics": {"time": "11,000 nsecond",
                                       "registers": "48"}}
     assert kernels[1]["kernel"] == "large_margin_forward_f32"
     call = (bundle.state / "ncu").read_text()
     assert "--clock-control none" in call  # no setting of the card is touched
+    assert call.endswith("gpu_check profile bn 128 64 28 28")
     text = (bundle.results / "results.md").read_text()
-    assert "| bn_normalize_f32 | 2 |" in text
+    assert "| ncu bn 128 64 28 28 | bn_normalize_f32 | 2 |" in text
 
 
 def test_without_tools(bundle):

@@ -314,28 +314,41 @@ METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM, %"}
 
 
-def run_profile(run):
-    """Nsight Compute on the layers' kernels."""
-    run.step("profile", "ncu", lambda log: _profile(run, log))
+# What gpu_check profiles: what the benchmark times, and BN by columns.
+PROFILES = ["margin 128 512 1000", "margin 65536 64 21",
+            "margin 512 512 10572", "bn 128 64 28 28", "bn 128 64 112 112",
+            "bn_in_place 128 64 112 112", "bn 4096 512 1 1"]
 
 
-def _profile(run, log):
+def profile_names():
+    """The steps of the part profile."""
+    return ["ncu " + words for words in PROFILES]
+
+
+def run_profile(run, name):
+    """Nsight Compute on the kernels of one pass of a layer."""
+    run.step("profile", name,
+             lambda log: _profile(run, name.split()[1:], log))
+
+
+def _profile(run, words, log):
     program = find_tool("ncu")
     if not run.host.is_gpu or program is None:
         return SKIPPED, {"words": "there is no ncu"}
-    # The card's clocks are left as they are.
+    # The card's clocks are left as they are, and the cache as a training has
+    # it: with what the kernel before has read or written.
     status = run.run(run.host.under(
-        [program, "--csv", "--clock-control", "none",
-         "--target-processes", "all",
+        [program, "--csv", "--clock-control", "none", "--cache-control",
+         "none", "--profile-from-start", "off", "--target-processes", "all",
          "--kernel-name", "regex:^(large_margin|bn)_",
-         "--metrics", ",".join(METRICS)], "gpu_check", "profile"), log)
+         "--metrics", ",".join(METRICS)], "gpu_check", "profile", *words), log)
     with open(log, errors="replace") as file:
         kernels = read_ncu(file.read())
     if status != 0 or not kernels:
         return FAILED, {"words": "ncu ended with %d and names %d kernels"
                         % (status, len(kernels))}
-    return PASSED, {"words": "%d kernels of the layers; the last launch of "
-                    "each" % len(kernels), "kernels": kernels}
+    return PASSED, {"words": "%d kernels of the layer" % len(kernels),
+                    "kernels": kernels}
 
 
 def read_ncu(text):

@@ -7,7 +7,9 @@
 //   gpu_check time bn|bn_in_place N C H W [ROUNDS]
 //                                          beside BatchNorm and Scale
 //   gpu_check time cudnn N C H W [ROUNDS]  BN beside cuDNN's
-//   gpu_check profile                      some passes of each kernel
+//   gpu_check profile margin M K N
+//   gpu_check profile bn|bn_in_place N C H W
+//                                          one pass for a profiler to see
 //
 // device and time print an object of JSON. With a Caffe for the CPU alone all
 // of it runs there, for a rehearsal.
@@ -24,6 +26,12 @@
 
 #include "caffe/caffe.hpp"
 #include "caffe/util/benchmark.hpp"
+
+#ifndef CPU_ONLY
+// Of libcudart, in a header that not every toolkit has.
+extern "C" cudaError_t CUDARTAPI cudaProfilerStart(void);
+extern "C" cudaError_t CUDARTAPI cudaProfilerStop(void);
+#endif
 
 namespace {
 
@@ -408,18 +416,26 @@ void TimeBatchNorm(const vector<int>& shape, bool in_place, int rounds) {
   PrintTimes(times, rounds, rest);
 }
 
-// What a profiler is to see: both layers at sizes that fill a GPU, BN with
-// segments and with columns; after passes that warm up.
-void Profile() {
-  Rig<float> margin(Format(kMargin, "num_output: 10572 type: QUADRUPLE "
-      "base: 10 weight_filler { type: 'xavier' }"), Shape(512, 512), 10572);
-  Rig<float> segments("type: 'BN' phase: TRAIN", Shape(128, 64, 56, 56), 0);
-  Rig<float> columns("type: 'BN' phase: TRAIN", Shape(4096, 512), 0);
-  for (int i = 0; i < 3; ++i) {
-    margin.Run();
-    segments.Run();
-    columns.Run();
-  }
+// What a profiler that starts when it is told to sees: one pass of a layer,
+// after passes that warm up.
+void Profile(const string& layer, const vector<int>& shape) {
+  const bool is_margin = layer == "margin";
+  const string text = is_margin ? Format(kMargin, "num_output: "
+      + caffe::format_int(shape[2])
+      + " type: QUADRUPLE base: 10 weight_filler { type: 'xavier' }")
+      : "type: 'BN' phase: TRAIN";
+  Rig<float> rig(text, is_margin ? Shape(shape[0], shape[1]) : shape,
+      is_margin ? shape[2] : 0, layer == "bn_in_place");
+  for (int i = 0; i < 3; ++i) { rig.Run(); }
+#ifndef CPU_ONLY
+  CUDA_CHECK(cudaDeviceSynchronize());
+  CUDA_CHECK(cudaProfilerStart());
+#endif
+  rig.Run();
+#ifndef CPU_ONLY
+  CUDA_CHECK(cudaDeviceSynchronize());
+  CUDA_CHECK(cudaProfilerStop());
+#endif
 }
 
 void PrintDevice() {
@@ -448,7 +464,8 @@ int Usage() {
       "       gpu_check parity margin|bn float|double\n"
       "       gpu_check time margin M K N [ROUNDS]\n"
       "       gpu_check time bn|bn_in_place|cudnn N C H W [ROUNDS]\n"
-      "       gpu_check profile\n");
+      "       gpu_check profile margin M K N\n"
+      "       gpu_check profile bn|bn_in_place N C H W\n");
   return 2;
 }
 
@@ -466,26 +483,35 @@ int Parity(const vector<string>& words) {
   return failures ? 1 : 0;
 }
 
-int Time(const vector<string>& words) {
+// time or profile, the layer and its sizes; for time the rounds may follow.
+int Measure(const vector<string>& words) {
   if (words.size() < 2) { return Usage(); }
-  const size_t dims = words[1] == "margin" ? 3 : 4;
-  vector<int> sizes;
-  for (size_t i = 2; i < words.size(); ++i) {
-    sizes.push_back(std::atoi(words[i].c_str()));
-    if (sizes.back() < 1) { return Usage(); }
-  }
-  if (sizes.size() == dims) { sizes.push_back(15); }
-  if (sizes.size() != dims + 1) { return Usage(); }
-  const int rounds = sizes.back();
-  const vector<int> shape(sizes.begin(), sizes.end() - 1);
-  if (words[1] == "margin") {
-    TimeMargin(shape[0], shape[1], shape[2], rounds);
-  } else if (words[1] == "cudnn") {
-    TimeCudnnBatchNorm(shape, rounds);
-  } else if (words[1] == "bn" || words[1] == "bn_in_place") {
-    TimeBatchNorm(shape, words[1] == "bn_in_place", rounds);
-  } else {
+  const bool is_time = words[0] == "time";
+  const string& layer = words[1];
+  const bool is_bn = layer == "bn" || layer == "bn_in_place";
+  if (!is_bn && layer != "margin" && !(is_time && layer == "cudnn")) {
     return Usage();
+  }
+  const size_t dims = layer == "margin" ? 3 : 4;
+  vector<int> shape;
+  for (size_t i = 2; i < words.size(); ++i) {
+    shape.push_back(std::atoi(words[i].c_str()));
+    if (shape.back() < 1) { return Usage(); }
+  }
+  int rounds = 15;
+  if (is_time && shape.size() == dims + 1) {
+    rounds = shape.back();
+    shape.pop_back();
+  }
+  if (shape.size() != dims) { return Usage(); }
+  if (!is_time) {
+    Profile(layer, shape);
+  } else if (layer == "margin") {
+    TimeMargin(shape[0], shape[1], shape[2], rounds);
+  } else if (layer == "cudnn") {
+    TimeCudnnBatchNorm(shape, rounds);
+  } else {
+    TimeBatchNorm(shape, layer == "bn_in_place", rounds);
   }
   return 0;
 }
@@ -516,10 +542,6 @@ int main(int argc, char** argv) {
 #endif
   Caffe::set_mode(kMode);
   if (words[0] == "parity") { return Parity(words); }
-  if (words[0] == "time") { return Time(words); }
-  if (words[0] == "profile" && words.size() == 1) {
-    Profile();
-    return 0;
-  }
+  if (words[0] == "time" || words[0] == "profile") { return Measure(words); }
   return Usage();
 }

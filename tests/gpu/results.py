@@ -131,6 +131,20 @@ def _benchmark(rows):
                   [cells(name, entry) for name, entry in rows.items()])
 
 
+def _profile(rows):
+    metrics = sorted({metric for entry in rows.values()
+                      for kernel in entry.get("kernels", [])
+                      for metric in kernel["metrics"]})
+    cells = []
+    for name, entry in rows.items():
+        cells += [[name, kernel["kernel"], kernel["launches"]]
+                  + [kernel["metrics"].get(metric, "-") for metric in metrics]
+                  for kernel in entry.get("kernels", [])] or [
+                      [name, entry.get("words", entry["status"]), "-"]
+                      + ["-"] * len(metrics)]
+    return _table(["pass", "kernel", "launches"] + metrics, cells)
+
+
 def _paper(rows):
     def cells(entry):
         return [entry["net"], entry["m"],
@@ -173,16 +187,8 @@ def markdown(data):
                      "(median), read and written.\n\n"
                      % copies[len(copies) // 2])
         text += _benchmark(data["benchmark"])
-    for name, entry in data["profile"].items():
-        text += "\n## Profile\n\n%s\n" % entry.get("words", entry["status"])
-        kernels = entry.get("kernels", [])
-        if kernels:
-            metrics = sorted({m for k in kernels for m in k["metrics"]})
-            text += "\n" + _table(
-                ["kernel", "launches"] + metrics,
-                [[k["kernel"], k["launches"]]
-                 + [k["metrics"].get(m, "-") for m in metrics]
-                 for k in kernels])
+    if data["profile"]:
+        text += "\n## Profile\n\n" + _profile(data["profile"])
     if data["paper"]:
         text += "\n## The paper's nets\n\n" + _paper(data["paper"])
     return text

@@ -5,7 +5,7 @@
                                 the same training twice, compute-sanitizer
   run.sh benchmark [WORD...]    times beside Caffe's layers and cuDNN's, and
                                 the bandwidth of a copy, with the budgets
-  run.sh profile                Nsight Compute (ncu) on the layers' kernels
+  run.sh profile [WORD...]      Nsight Compute (ncu) on the layers' kernels
   run.sh paper [NET] [m=M...]   the nets of the paper, mnist and cifar10, to
                                 iteration 10000, those of one net at once
   run.sh data PATH...           takes the files of MNIST and CIFAR-10 (binary
@@ -114,7 +114,7 @@ def steps_of(part, words, bundle):
     if part == "benchmark":
         return _with_words(part, checks.benchmark_names(), words)
     if part == "profile":
-        return _with_words(part, ["ncu"], words)
+        return _with_words(part, checks.profile_names(), words)
     return [trainings.label(*step) for step in _paper_steps(words)]
 
 
@@ -133,7 +133,7 @@ def run_part(run, part, names, words, jobs):
         elif part == "benchmark":
             checks.run_benchmark(run, name)
         else:
-            checks.run_profile(run)
+            checks.run_profile(run, name)
 
 
 def list_steps(results, bundle):

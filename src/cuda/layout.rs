@@ -7,8 +7,10 @@ pub mod large_margin {
     pub const THREADS: u32 = 128;
     /// Threads of a warp.
     pub const WARP: usize = 32;
-    /// Samples that one block sorts.
+    /// Samples that are sorted apart from the others.
     pub const TILE: usize = 1024;
+    /// Sorted samples that a block adds to dW at most.
+    pub const PLACES: usize = 256;
     /// Sorted runs that one launch merges into one.
     pub const WAYS: usize = 8;
     /// Bytes of the widest load.
@@ -19,17 +21,21 @@ pub mod large_margin {
     pub const COEFFICIENTS: usize = 32;
     /// Bytes of a `Team`.
     pub const TEAM: usize = 8;
+    /// Bytes of a `Cut`.
+    pub const CUT: usize = 16;
 
     /// The macros of the kernels.
     pub const MACROS: &[(&str, usize)] = &[
         ("THREADS", THREADS as usize),
         ("WARP", WARP),
         ("TILE", TILE),
+        ("PLACES", PLACES),
         ("WAYS", WAYS),
         ("LOAD", LOAD),
         ("LOADS", LOADS),
         ("COEFFICIENTS", COEFFICIENTS),
         ("TEAM", TEAM),
+        ("CUT", CUT),
     ];
 }
 

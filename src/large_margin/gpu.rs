@@ -1,15 +1,15 @@
 //! Forward and backward on device memory: the launches.
 //!
 //! Forward: InnerProduct's product on Caffe's cuBLAS handle and one kernel of
-//! `kernels.cu`, which also sorts the samples by class; backward: one kernel
-//! before its products and one behind them. Nothing waits for the device and
+//! `kernels.cu`, which also sorts the samples by class; backward: InnerProduct's
+//! products and one kernel behind them. Nothing waits for the device and
 //! nothing is allocated; what one pass leaves to the other lies in device memory
 //! that Caffe keeps ([`LargeMarginInnerProduct::device_bytes`]).
 
 use super::{LargeMarginInnerProduct, Sizes};
 use crate::blas::{DeviceGemm, Op};
 use crate::cuda::layout::large_margin::{
-    COEFFICIENTS, LOAD, LOADS, TEAM, THREADS, TILE, WARP, WAYS,
+    COEFFICIENTS, CUT, LOAD, LOADS, PLACES, TEAM, THREADS, TILE, WARP, WAYS,
 };
 use crate::cuda::{self, DeviceDtype, Kernel, Kernels, Mailbox, kernel_args};
 use crate::dtype::int;
@@ -24,7 +24,6 @@ static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/large_margin.fat
 pub(super) struct State {
     forward: Kernel,
     merge: Kernel,
-    fold: Kernel,
     backward: Kernel,
     bad_label: Mailbox,
     /// Whether the last forward pass had labels.
@@ -37,7 +36,6 @@ impl State {
         Ok(State {
             forward: kernels.get::<T>("large_margin_forward")?,
             merge: kernels.get::<T>("large_margin_merge")?,
-            fold: kernels.get::<T>("large_margin_fold")?,
             backward: kernels.get::<T>("large_margin_backward")?,
             bad_label: kernels.mailbox()?,
             labels: false,
@@ -65,9 +63,8 @@ pub struct Forward<T> {
 /// The blobs of a backward pass, in device memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Backward<T> {
-    /// (M, N), the gradient of the loss by the logits. Changed on the way, and
-    /// after the pass what it was before, bit by bit.
-    pub logits_diff: *mut T,
+    /// (M, N), the gradient of the loss by the logits.
+    pub logits_diff: *const T,
     /// (M, N), that by the logits without the margin. Null: there is none.
     pub plain_diff: *const T,
     /// X, (M, K), of the forward pass.
@@ -141,29 +138,122 @@ impl Team {
     }
 }
 
+/// The kernels' `Cut`: how the rows of dW are shared out.
+#[repr(C)]
+#[derive(Debug, PartialEq)]
+struct Cut {
+    places: i32,
+    lanes: i32,
+    columns: i32,
+    wide: i32,
+}
+const _: () = assert!(size_of::<Cut>() == CUT);
+
+impl Cut {
+    /// Sorted samples of a chunk: few, for many blocks at once, and more where
+    /// there are blocks enough, for less sums of classes that chunks share. As
+    /// the memory for these, it does not depend on how rows are read.
+    fn places(sizes: Sizes) -> usize {
+        let values = sizes.samples * sizes.features;
+        (values >> 17).clamp(8, 32).next_power_of_two()
+    }
+
+    fn chunks(sizes: Sizes) -> usize {
+        sizes.samples.div_ceil(Self::places(sizes))
+    }
+
+    /// For rows of values of `size` bytes, which can be read by wide loads or
+    /// by single values.
+    fn new(sizes: Sizes, size: usize, wide: bool) -> Self {
+        let places = Self::places(sizes);
+        let loads = sizes.features / if wide { LOAD / size } else { 1 };
+        // A block has no more chunks than PLACES allows.
+        let least = (THREADS as usize * places).div_ceil(PLACES);
+        let lanes = loads
+            .next_power_of_two()
+            .clamp(least.next_power_of_two(), THREADS as usize);
+        Cut {
+            places: places as i32,
+            lanes: lanes as i32,
+            columns: loads.div_ceil(lanes) as i32,
+            wide: i32::from(wide),
+        }
+    }
+
+    /// Blocks that have all rows of dW.
+    fn blocks(&self, sizes: Sizes) -> usize {
+        let chunks = THREADS as usize / self.lanes as usize;
+        Self::chunks(sizes).div_ceil(chunks) * self.columns as usize
+    }
+}
+
 /// Where in the scratch memory what lies.
 pub(super) struct Scratch {
     coefficients: *mut u8,
     /// Classes and samples, sorted by tiles; and room to merge them in.
     keys: [*mut u64; 2],
-    /// What the target entries of the top gradient were, by place of the keys.
-    entries: *mut u8,
-    /// What the rows of dW get of each class's samples in a block of Fold.
-    sums: *mut f64,
+    /// Sums of the classes that chunks share: of rows of X, and of numbers.
+    partials: *mut u8,
+    partial_terms: *mut f64,
+    /// Of the chunks that are done with such a class.
+    counters: *mut i32,
+    /// Those of the samples with a margin.
+    classes: *mut i32,
 }
 
 impl Scratch {
-    /// Bytes a sample: the widest entry is an f64.
-    pub(super) const BYTES: usize = COEFFICIENTS + 4 * size_of::<u64>();
+    /// Sums that a chunk leaves to others: those of the class that began before
+    /// it and of the one that goes on behind it.
+    const SHARED: usize = 2;
 
-    fn new(start: *mut u8, samples: usize) -> Self {
-        // What is aligned to 16 bytes comes first.
-        let at = |bytes: usize| start.wrapping_add(samples * bytes);
+    /// Counters, for rows that are read by single values: they take the most.
+    fn counters(sizes: Sizes) -> usize {
+        Cut::chunks(sizes) * Cut::new(sizes, 1, false).columns as usize
+    }
+
+    /// The memory for values of any type. What is aligned to 16 bytes comes
+    /// first.
+    fn sections(sizes: Sizes) -> [usize; 7] {
+        let wide = size_of::<f64>();
+        let counters = Self::counters(sizes);
+        [
+            sizes.samples * COEFFICIENTS,
+            sizes.samples * size_of::<u64>(),
+            sizes.samples * size_of::<u64>(),
+            Self::SHARED * Cut::chunks(sizes) * sizes.features * wide,
+            Self::SHARED * counters * size_of::<f64>(),
+            counters * size_of::<i32>(),
+            sizes.samples * size_of::<i32>(),
+        ]
+    }
+
+    /// Bytes of all of it.
+    pub(super) fn bytes(sizes: Sizes) -> usize {
+        Self::sections(sizes).iter().sum()
+    }
+
+    fn new(start: *mut u8, sizes: Sizes) -> Self {
+        let mut end = start;
+        let [
+            coefficients,
+            keys,
+            merged,
+            partials,
+            terms,
+            counters,
+            classes,
+        ] = Self::sections(sizes).map(|bytes| {
+            let section = end;
+            end = end.wrapping_add(bytes);
+            section
+        });
         Scratch {
-            coefficients: start,
-            keys: [at(COEFFICIENTS).cast(), at(COEFFICIENTS + 8).cast()],
-            entries: at(COEFFICIENTS + 16),
-            sums: at(COEFFICIENTS + 24).cast(),
+            coefficients,
+            keys: [keys.cast(), merged.cast()],
+            partials,
+            partial_terms: terms.cast(),
+            counters: counters.cast(),
+            classes: classes.cast(),
         }
     }
 }
@@ -196,7 +286,7 @@ impl LargeMarginInnerProduct {
         state.labels = !pass.labels.is_null();
         let [m, n, k] = ints(sizes)?;
         let cells = sizes.samples * sizes.classes;
-        let scratch = Scratch::new(pass.scratch, sizes.samples);
+        let scratch = Scratch::new(pass.scratch, sizes);
         // SAFETY: the caller's, for every call in this block; the arguments of
         // the kernel are those of large_margin_forward_*, in order.
         unsafe {
@@ -216,28 +306,34 @@ impl LargeMarginInnerProduct {
                     ignore_label: self.ignore_label.unwrap_or(0),
                 };
                 // Without a margin, labels are checked alone.
-                let tiles = match self.margin.m() {
-                    1 => 0,
-                    _ => int(sizes.samples.div_ceil(TILE))?,
+                let (sorts, counters) = match self.margin.m() {
+                    1 => (0, 0),
+                    _ => (
+                        int(sizes.samples.div_ceil(THREADS as usize))?,
+                        int(Scratch::counters(sizes))?,
+                    ),
                 };
                 let team = Team::new(sizes.samples, sizes.features, size_of::<T>());
                 state.forward.launch(
-                    (tiles as u32 + team.blocks(sizes.samples), 1),
+                    (sorts as u32 + team.blocks(sizes.samples), 1),
                     THREADS,
                     kernel_args![
                         m,
-                        tiles,
+                        sorts,
                         team,
                         labels,
                         k,
                         self.margin.m() as i32,
-                        self.lambda,
+                        1.0 / (1.0 + self.lambda),
                         pass.features,
                         pass.labels,
                         pass.weights,
                         pass.logits,
                         scratch.coefficients,
+                        scratch.classes,
                         scratch.keys[0],
+                        counters,
+                        scratch.counters,
                         state.bad_label.device_address(),
                     ],
                 )?;
@@ -270,31 +366,12 @@ impl LargeMarginInnerProduct {
         if m == 0 || k == 0 || dx.is_null() && dw.is_null() {
             return Ok(());
         }
-        let scratch = Scratch::new(pass.scratch, sizes.samples);
+        let scratch = Scratch::new(pass.scratch, sizes);
         let has_targets = state.labels && self.margin.m() > 1;
         let (zero, one) = (T::default(), T::from_f64(1.0));
         // SAFETY: the caller's, for every call in this block.
         unsafe {
-            let mut keys = scratch.keys[0];
-            if has_targets {
-                if !dw.is_null() {
-                    keys = Self::merge(state, m, &scratch)?;
-                }
-                state.fold.launch(
-                    (m.cast_unsigned().div_ceil(THREADS), 1),
-                    THREADS,
-                    kernel_args![
-                        m,
-                        n,
-                        scratch.coefficients,
-                        keys,
-                        pass.logits_diff,
-                        scratch.entries,
-                        scratch.sums,
-                    ],
-                )?;
-            }
-            let diffs = [pass.logits_diff.cast_const(), pass.plain_diff];
+            let diffs = [pass.logits_diff, pass.plain_diff];
             let diffs = || diffs.into_iter().filter(|diff| !diff.is_null());
             if !dw.is_null() {
                 for diff in diffs() {
@@ -311,24 +388,41 @@ impl LargeMarginInnerProduct {
             if !has_targets {
                 return Ok(());
             }
+            let wide = (sizes.features * size_of::<T>()).is_multiple_of(LOAD)
+                && [pass.features, pass.weights, dw.cast_const()]
+                    .iter()
+                    .all(|blob| blob.addr().is_multiple_of(LOAD));
+            let cut = Cut::new(sizes, size_of::<T>(), wide);
             let team = Team::new(sizes.samples, sizes.features, size_of::<T>());
+            let (mut keys, mut class_blocks, mut sample_blocks) = (scratch.keys[0], 0, 0);
+            if !dw.is_null() {
+                keys = Self::merge(state, m, &scratch)?;
+                class_blocks = int(cut.blocks(sizes))?;
+            }
+            if !dx.is_null() {
+                sample_blocks = team.blocks(sizes.samples);
+            }
             state.backward.launch(
-                (team.blocks(sizes.samples), if dw.is_null() { 1 } else { 2 }),
+                (class_blocks as u32 + sample_blocks, 1),
                 THREADS,
                 kernel_args![
                     m,
                     n,
                     k,
+                    class_blocks,
                     team,
+                    cut,
                     pass.features,
                     pass.weights,
                     scratch.coefficients,
+                    scratch.classes,
                     keys,
-                    scratch.entries,
-                    scratch.sums,
                     pass.logits_diff,
                     dx,
                     dw,
+                    scratch.partials,
+                    scratch.partial_terms,
+                    scratch.counters,
                 ],
             )
         }

@@ -1,29 +1,35 @@
-// The margin layer on the GPU: what is left beside cuBLAS's products.
+// The margin layer on the GPU: what is left beside cuBLAS's products, which see
+// the gradient of the logits as it is.
 //
 // Forward: a kernel behind the product finds each sample's coefficients of
-// correction.rs and puts the margin on its target logit; beside that, a block a
-// tile of samples sorts these by class, for the backward pass.
-// Backward: a kernel before the products folds a into the target entries of
-// the top gradient and sums up, over each class of a tile, what its row of dW
-// gets; one behind them puts the entries back and adds to each row of dx its x
-// and to each row of dW its w. Neither kernel can do the other's work, as the
-// products stand between them. All sums are made in a fixed order and no float
-// is added atomically, so two runs give the same bits.
+// correction.rs and puts the margin on its target logit; beside that, blocks
+// sort the samples of a tile each by class, for the backward pass.
+// Backward: a kernel behind the products adds what the margin changes: g a w
+// and a multiple of x to each row of dx, g a x and a multiple of w to each row
+// of dW. One kernel a pass, as a launch alone takes as long as these do where
+// M is small. All sums are made in a fixed order and no float is added
+// atomically, so two runs give the same bits.
 //
-// Rows of x, w and dx are read by as many threads as have one batch of loads
-// of them each, up to a warp; a row's scalars are a lane's work, for up to 32
-// rows a warp at once. Where that leaves too few warps, a block reads a row
-// (Team).
+// For each sample, rows of x, w and dx are read by as many threads as have one
+// batch of loads of them each, up to a warp; a row's scalars are a lane's work,
+// for up to 32 rows a warp at once. Where that leaves too few warps, a block
+// reads a row (Team).
 //
-// THREADS, WARP, TILE, WAYS, LOAD, LOADS and the sizes of structs come from
-// src/cuda/layout.rs.
+// For the classes, the sorted samples are cut into chunks (Cut). A thread has
+// the same columns of all rows of x in a chunk, and adds up those of a class. A
+// class that goes on beyond its chunk leaves its sums to whichever of its
+// chunks comes last, which adds up all of them.
+//
+// THREADS, WARP, TILE, PLACES, WAYS, LOAD, LOADS and the sizes of structs come
+// from src/cuda/layout.rs.
 
 #define FULL_MASK 0xffffffffu
 
-// What the backward pass needs of a sample with a class.
+// What the backward pass needs of a sample with a class, g being the gradient
+// of its target logit.
 struct alignas(16) Coefficients {
-  double a;  // what the target entry grows by, times itself
-  double b;  // times |w|/|x| of x in dx, times |x|/|w| of w in dw
+  double a;  // times g, the part of w in dx and of x in dw beside InnerProduct's
+  double b;  // times g |w|/|x| of x in dx, times g |x|/|w| of w in dw
   double x;  // |x|; 0 where the margin leaves the sample alone
   double w;  // |w|
 };
@@ -64,6 +70,20 @@ struct Team {
   __device__ int Most() const { return IsBlock() ? THREADS : WARP; }
 };
 static_assert(sizeof(Team) == TEAM, "src/cuda/layout.rs");
+
+// How the rows of dW are shared out. A chunk is `places` neighbours of the
+// sorted samples, and `lanes` neighbouring threads, a power of 2, have as many
+// loads of a row's columns; where a row has more, `columns` blocks have it. A
+// block has no more than PLACES places.
+struct Cut {
+  int places;   // a power of 2, a multiple of LOADS
+  int lanes;
+  int columns;
+  int wide;     // whether a load is of LOAD bytes, or of a value
+
+  __device__ int Chunks() const { return THREADS / lanes; }  // of a block
+};
+static_assert(sizeof(Cut) == CUT, "src/cuda/layout.rs");
 
 // The thread's place among those of a row.
 static __device__ int Rank(int lanes) { return threadIdx.x & (lanes - 1); }
@@ -217,55 +237,41 @@ struct Factor {
   double value, numerator, denominator;
 };
 
-// The factor as one number; 0 where it has none of ordinary size.
+// value * ratio; 0 where one of them has no ordinary size.
 template <typename Dtype>
-static __device__ Dtype Product(const Factor& factor) {
-  const double ratio = factor.numerator / factor.denominator;
-  const Dtype product = static_cast<Dtype>(factor.value * ratio);
+static __device__ Dtype Product(double value, double ratio) {
+  const Dtype product = static_cast<Dtype>(value * ratio);
   return InRange<double>(fabs(ratio)) && InRange<Dtype>(fabs(product))
       ? product : 0;
 }
 
+// factor * v, where the factor is no number of ordinary size: the ratio of the
+// norms may leave the range of double. v / denominator does not, and 0 stays 0.
+template <typename Dtype>
+static __device__ Dtype Apart(const Factor& factor, Dtype v) {
+  if (factor.value == 0 || v == 0) { return 0; }
+  return static_cast<Dtype>(
+      v / factor.denominator * factor.value * factor.numerator);
+}
+
+// dx += of_x x + of_w w, for rows of `length`.
 template <int V, typename Dtype>
-static __device__ void AddBatches(Dtype* __restrict__ y, Dtype product,
-    const Dtype* __restrict__ v, int length, int lanes) {
+static __device__ void AddBatches(Dtype* __restrict__ dx, Dtype of_x,
+    const Dtype* __restrict__ x, Dtype of_w, const Dtype* __restrict__ w,
+    int length, int lanes) {
   const int count = length / V;
   for (int i = Rank(lanes); i < count; i += LOADS * lanes) {
-    Batch<Dtype, V> vs, ys;
-    vs.Load(v, i, lanes, count);
-    ys.Load(y, i, lanes, count);
+    Batch<Dtype, V> xs, ws, sums;
+    xs.Load(x, i, lanes, count);
+    ws.Load(w, i, lanes, count);
+    sums.Load(dx, i, lanes, count);
     for (int j = 0; j < LOADS; ++j) {
       for (int k = 0; k < V; ++k) {
-        ys.vectors[j].v[k] += product * vs.vectors[j].v[k];
+        sums.vectors[j].v[k] += of_x * xs.vectors[j].v[k]
+            + of_w * ws.vectors[j].v[k];
       }
     }
-    ys.Store(y, i, lanes, count);
-  }
-}
-
-// y += product v, for rows of `length`.
-template <typename Dtype>
-static __device__ void AddProduct(Dtype* y, Dtype product, const Dtype* v,
-    int length, int lanes) {
-  if (Aligned(v, length) && Aligned(y, length)) {
-    AddBatches<LOAD / sizeof(Dtype)>(y, product, v, length, lanes);
-  } else {
-    AddBatches<1>(y, product, v, length, lanes);
-  }
-}
-
-// y += factor v, where the factor is no number of ordinary size: the ratio of
-// the norms may leave the range of double. v / denominator does not, and 0
-// stays 0.
-template <typename Dtype>
-static __device__ void AddFactor(Dtype* __restrict__ y, const Factor& factor,
-    const Dtype* __restrict__ v, int length, int lanes) {
-  if (factor.value == 0) { return; }
-  for (int i = Rank(lanes); i < length; i += lanes) {
-    const double vi = v[i];
-    if (vi == 0) { continue; }
-    y[i] += static_cast<Dtype>(
-        vi / factor.denominator * factor.value * factor.numerator);
+    sums.Store(dx, i, lanes, count);
   }
 }
 
@@ -283,61 +289,71 @@ struct Labels {
   }
 };
 
-// Sorts a block's `count` keys, a power of 2, by a bitonic network.
-static __device__ void SortTile(Key* keys, int count) {
-  for (int run = 2; run <= count; run *= 2) {
-    for (int distance = run / 2; distance > 0; distance /= 2) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < count / 2; i += THREADS) {
-        const int low = 2 * i - (i & (distance - 1));
-        const Key a = keys[low];
-        const Key b = keys[low + distance];
-        const bool rising = (low & run) == 0;
-        if ((a > b) == rising) {
-          keys[low] = b;
-          keys[low + distance] = a;
-        }
-      }
-    }
+// How many of `count` numbers, a multiple of 4, are below a bound.
+static __device__ int CountBelow(const unsigned* numbers, int count,
+    unsigned bound) {
+  int below = 0;
+  for (int i = 0; i < count; i += 4) {
+    const Vector<unsigned, 4> four =
+        *reinterpret_cast<const Vector<unsigned, 4>*>(numbers + i);
+    for (int k = 0; k < 4; ++k) { below += four.v[k] < bound; }
   }
-  __syncthreads();
+  return below;
 }
 
-// Leaves the keys of samples TILE * number and on in `keys`, sorted.
+// Leaves the block's THREADS samples in `keys`, each at its place among the
+// sorted keys of its tile: behind the tile's samples of lower classes, and
+// those of its class that come before it.
 template <typename Dtype>
 static __device__ void MakeKeys(int num_samples, const Labels& of,
-    const Dtype* __restrict__ labels, int number, Key* __restrict__ keys) {
-  __shared__ Key tile[TILE];
-  const int first = number * TILE;
+    const Dtype* __restrict__ labels, int block, Key* __restrict__ keys) {
+  // Above all classes, and then of no sample.
+  const unsigned none = 0x7fffffff, padding = 0xffffffff;
+  __shared__ Vector<unsigned, 4> fours[TILE / 4];
+  unsigned* const tile = fours[0].v;
+  const int sample = block * THREADS + threadIdx.x;
+  const int first = sample - sample % TILE;
   const int left = num_samples - first;
   const int here = left < TILE ? left : TILE;
-  int count = 1;
-  while (count < here) { count *= 2; }
-  for (int i = threadIdx.x; i < count; i += THREADS) {
-    tile[i] = ~Key(0);  // behind all others: no sample
+  const int padded = (here + 3) / 4 * 4;
+  for (int i = threadIdx.x; i < padded; i += THREADS) {
+    tile[i] = padding;
     if (i >= here) { continue; }
     const double label = labels[first + i];
-    const int y = of.Valid(label) && !of.Ignored(label)
-        ? static_cast<int>(label) : NO_CLASS;
-    tile[i] = Key(static_cast<unsigned>(y)) << 32
-        | static_cast<unsigned>(first + i);
+    tile[i] = of.Valid(label) && !of.Ignored(label)
+        ? static_cast<unsigned>(label) : none;
   }
-  SortTile(tile, count);
-  for (int i = threadIdx.x; i < here; i += THREADS) {
-    keys[first + i] = tile[i];
-  }
+  __syncthreads();
+  const int own = sample - first;
+  if (own >= here) { return; }
+  const unsigned y = tile[own];
+  // All samples before the warp's count if they are of its class, none behind.
+  const int begin = own - own % WARP;
+  const int end = begin + WARP < padded ? begin + WARP : padded;
+  int place = first + CountBelow(tile, begin, y + 1)
+      + CountBelow(tile + end, padded - end, y);
+  for (int i = begin; i < end; ++i) { place += tile[i] < y + (i < own); }
+  keys[place] = Key(static_cast<unsigned>(
+      y == none ? NO_CLASS : static_cast<int>(y))) << 32
+      | static_cast<unsigned>(sample);
 }
 
-// k of the paper's psi: how many of the borders cos(j pi / m) are at or above
-// the lane's c. A lane has a border, for all.
-static __device__ int Segment(double c, int margin) {
-  const int lane = threadIdx.x % WARP;
+// The border of psi's segments j - 1 and j.
+static __device__ double Border(int j, int margin) {
+  return cospi(static_cast<double>(j) / margin);
+}
+
+// k of the paper's psi: how many of the borders are at or above the lane's c.
+// A lane has a border, for all: the first ones are given.
+static __device__ int Segment(double c, int margin, double border) {
   int k = 0;
   for (int first = 1; first < margin; first += WARP) {
-    const double border = cospi(static_cast<double>(first + lane) / margin);
     const int left = margin - first;
     for (int j = 0; j < left && j < WARP; ++j) {
       k += c <= __shfl_sync(FULL_MASK, border, j);
+    }
+    if (left > WARP) {
+      border = Border(first + WARP + threadIdx.x % WARP, margin);
     }
   }
   return k;
@@ -347,7 +363,7 @@ static __device__ int Segment(double c, int margin) {
 // margin.
 template <typename Dtype>
 static __device__ Coefficients PutMargin(double f, const Pair& norms, double c,
-    int k, int margin, double lambda, Dtype* logit) {
+    int k, int margin, double share, Dtype* logit) {
   // Chebyshev's recurrence: t becomes T_m(c), u becomes U_{m-1}(c).
   double t_before = 1, t = c, u_before = 0, u = 1;
   for (int i = 1; i < margin; ++i) {
@@ -361,7 +377,6 @@ static __device__ Coefficients PutMargin(double f, const Pair& norms, double c,
   const double sign = k % 2 == 0 ? 1 : -1;
   const double psi = sign * t - 2.0 * k;
   const double dpsi = sign * margin * u;
-  const double share = 1 / (1 + lambda);
   double margin_logit = norms.x * norms.w * psi;
   if (!isfinite(margin_logit)) {
     // A psi of 0 must not meet a product that has overflowed.
@@ -376,9 +391,9 @@ static __device__ Coefficients PutMargin(double f, const Pair& norms, double c,
   return of;
 }
 
-// The team's samples: their coefficients, and the margin on their target
-// logits. A lane's own sample is the first and its number; with other lanes it
-// reads the rows of each.
+// The team's samples: their coefficients, the classes of those whose margin
+// has an effect, and the margin on their target logits. A lane's own sample is
+// the first and its number; with other lanes it reads the rows of each.
 //
 // bad_label, in host memory that the device can write, gets the number of a
 // sample with a label that is no class in its upper half and the label, as
@@ -386,15 +401,18 @@ static __device__ Coefficients PutMargin(double f, const Pair& norms, double c,
 template <typename Dtype>
 static __device__ void ForwardSamples(int first, int num_samples,
     const Team& team, const Labels& of, int num_features, int margin,
-    double lambda, const Dtype* __restrict__ x,
+    double share, const Dtype* __restrict__ x,
     const Dtype* __restrict__ labels, const Dtype* __restrict__ w,
     Dtype* __restrict__ logits, Coefficients* __restrict__ coefficients,
-    volatile unsigned long long* bad_label) {
+    int* __restrict__ classes, volatile unsigned long long* bad_label) {
   const int lane = threadIdx.x % WARP;
   const int sample = first + lane;
+  const bool has_sample = lane < team.rows && sample < num_samples;
+  const double label = has_sample ? labels[sample] : Dtype(0);
+  // Before the label is waited for.
+  const double border = Border(lane + 1, margin);
   int y = NO_CLASS;
-  if (lane < team.rows && sample < num_samples) {
-    const double label = labels[sample];
+  if (has_sample) {
     if (of.Valid(label) && !of.Ignored(label)) {
       y = static_cast<int>(label);
     } else if (!of.Ignored(label) && team.Tells()) {
@@ -431,8 +449,9 @@ static __device__ void ForwardSamples(int first, int num_samples,
     }
   }
   Pair norms = {sqrt(squares.x), sqrt(squares.w)};
-  unsigned scaled = __ballot_sync(FULL_MASK,
-      !InRange<Dtype>(squares.x) || !InRange<Dtype>(squares.w));
+  const bool is_scaled =
+      !InRange<Dtype>(squares.x) || !InRange<Dtype>(squares.w);
+  unsigned scaled = __ballot_sync(FULL_MASK, is_scaled);
   for (; scaled != 0; scaled &= scaled - 1) {
     const int row = __ffs(scaled) - 1;
     const Pair found = ScaledNorms(x_row(row),
@@ -442,31 +461,38 @@ static __device__ void ForwardSamples(int first, int num_samples,
 
   if (!team.Tells()) { return; }
   const bool usable = Usable(norms.x) && Usable(norms.w) && isfinite(f);
-  const double c =
-      usable ? fmin(1.0, fmax(-1.0, f / norms.x / norms.w)) : 0.0;
-  const int k = Segment(c, margin);
+  // Norms that are not scaled have a product in the range of double.
+  const double cosine =
+      is_scaled ? f / norms.x / norms.w : f / (norms.x * norms.w);
+  const double c = usable ? fmin(1.0, fmax(-1.0, cosine)) : 0.0;
+  const int k = Segment(c, margin, border);
+  if (has_sample) { classes[sample] = has_class && usable ? y : NO_CLASS; }
   if (!has_class) { return; }
   // |w| stays where |x| is no use: the class's other samples may use it.
   coefficients[sample] = usable
-      ? PutMargin(f, norms, c, k, margin, lambda, logit)
+      ? PutMargin(f, norms, c, k, margin, share, logit)
       : Coefficients{0, 0, 0, norms.w};
 }
 
-// The first num_tiles blocks sort, which takes longest; the others have the
-// samples.
+// The first num_sorts blocks sort; the others have the samples. counters[i]
+// becomes 0, for the backward pass.
 template <typename Dtype>
-static __device__ void Forward(int num_samples, int num_tiles,
+static __device__ void Forward(int num_samples, int num_sorts,
     const Team& team, const Labels& of, int num_features, int margin,
-    double lambda, const Dtype* x, const Dtype* labels, const Dtype* w,
-    Dtype* logits, Coefficients* coefficients, Key* keys,
-    volatile unsigned long long* bad_label) {
+    double share, const Dtype* x, const Dtype* labels, const Dtype* w,
+    Dtype* logits, Coefficients* coefficients, int* classes, Key* keys,
+    int num_counters, int* counters, volatile unsigned long long* bad_label) {
   const int block = blockIdx.x;
-  if (block < num_tiles) {
+  if (block < num_sorts) {
+    for (int i = block * THREADS + threadIdx.x; i < num_counters;
+        i += num_sorts * THREADS) {
+      counters[i] = 0;
+    }
     MakeKeys(num_samples, of, labels, block, keys);
   } else {
-    ForwardSamples(team.First(block - num_tiles), num_samples, team, of,
-        num_features, margin, lambda, x, labels, w, logits, coefficients,
-        bad_label);
+    ForwardSamples(team.First(block - num_sorts), num_samples, team, of,
+        num_features, margin, share, x, labels, w, logits, coefficients,
+        classes, bad_label);
   }
 }
 
@@ -504,144 +530,331 @@ static __device__ Key KeyAt(const Key* __restrict__ keys, int num_samples,
   return place < num_samples ? keys[place] : ~Key(0);
 }
 
-// A thread a place among the keys. Puts g (1 + a) in the place of the target
-// entry g of `diff`, which it keeps in `entries`. Where the keys are sorted,
-// sums[place] becomes the sum of g b |x| over the samples of its class
-// from this place to the block's last.
+// Adds to the team's rows of dx, of which a lane's own is the first and its
+// number.
 template <typename Dtype>
-static __device__ void Fold(int num_samples, int num_classes,
-    const Coefficients* __restrict__ coefficients,
-    const Key* __restrict__ keys, Dtype* __restrict__ diff,
-    Dtype* __restrict__ entries, double* __restrict__ sums) {
-  __shared__ double terms[2][THREADS];
-  __shared__ int classes[THREADS];
-  const int thread = threadIdx.x;
-  const int place = blockIdx.x * THREADS + thread;
-  const Key key = KeyAt(keys, num_samples, place);
-  const int y = ClassOf(key);
-  double sum = 0;
-  if (y != NO_CLASS) {
-    const int sample = SampleOf(key);
-    const Coefficients of = coefficients[sample];
-    if (of.x != 0) {
-      Dtype* const entry = diff + static_cast<size_t>(sample) * num_classes + y;
-      const Dtype g = *entry;
-      entries[place] = g;
-      *entry = static_cast<Dtype>(g * (1 + of.a));
-      sum = g * of.b * of.x;
-    }
-  }
-  classes[thread] = y;
-  int now = 0;
-  for (int distance = 1; distance < THREADS; distance *= 2) {
-    terms[now][thread] = sum;
-    __syncthreads();
-    const int other = thread + distance;
-    if (other < THREADS && classes[other] == y) { sum += terms[now][other]; }
-    now = 1 - now;  // so that no barrier is needed before the next store
-  }
-  if (place < num_samples) { sums[place] = sum; }
-}
-
-// The team's places among the keys, a lane's own being the first and its
-// number: puts their samples' target entries back and adds to their rows of
-// dx, which may be null.
-template <typename Dtype>
-static __device__ void BackwardSamples(int first, int num_samples,
+static __device__ void AddToSamples(int first, int num_samples,
     int num_classes, int num_features, const Team& team,
-    const Dtype* __restrict__ x,
+    const Dtype* __restrict__ x, const Dtype* __restrict__ w,
     const Coefficients* __restrict__ coefficients,
-    const Key* __restrict__ keys, const Dtype* __restrict__ entries,
-    Dtype* __restrict__ diff, Dtype* __restrict__ dx) {
+    const int* __restrict__ classes, const Dtype* __restrict__ diff,
+    Dtype* __restrict__ dx) {
   const int lane = threadIdx.x % WARP;
-  const int place = first + lane;
-  const Key key = lane < team.rows ? KeyAt(keys, num_samples, place) : ~Key(0);
-  // By a lane that has read the key and whose sample has an angle.
-  int sample = -1;
-  Factor factor = {0, 1, 1};
-  if (ClassOf(key) != NO_CLASS) {
-    const Coefficients of = coefficients[SampleOf(key)];
-    if (of.x != 0) {
-      sample = SampleOf(key);
-      const Dtype entry = entries[place];
-      if (team.Tells()) {
-        diff[static_cast<size_t>(sample) * num_classes + ClassOf(key)] = entry;
-      }
-      factor = {entry * of.b, of.w, of.x};
-    }
+  const int sample = first + lane;
+  int y = NO_CLASS;
+  if (lane < team.rows && sample < num_samples) { y = classes[sample]; }
+  Dtype of_x = 0, of_w = 0;
+  if (y != NO_CLASS) {
+    const Coefficients of = coefficients[sample];
+    const Dtype g = diff[static_cast<size_t>(sample) * num_classes + y];
+    of_w = static_cast<Dtype>(g * of.a);
+    of_x = Product<Dtype>(g * of.b, of.w / of.x);
   }
-  if (!dx) { return; }
-  const Dtype product = Product<Dtype>(factor);
   for (int row = 0; row < team.rows; row += team.AtOnce()) {
     const int read = row + team.Among();
-    const int read_sample = __shfl_sync(FULL_MASK, sample, read);
-    const Dtype read_product = __shfl_sync(FULL_MASK, product, read);
-    const size_t at = static_cast<size_t>(read_sample) * num_features;
-    if (read_product != 0) {
-      AddProduct(dx + at, read_product, x + at, num_features, team.lanes);
-    } else if (read_sample >= 0) {
-      const Coefficients of = coefficients[read_sample];
-      const Factor apart = {entries[first + read] * of.b, of.w, of.x};
-      AddFactor(dx + at, apart, x + at, num_features, team.lanes);
+    const int read_y = __shfl_sync(FULL_MASK, y, read);
+    const Dtype read_of_x = __shfl_sync(FULL_MASK, of_x, read);
+    const Dtype read_of_w = __shfl_sync(FULL_MASK, of_w, read);
+    if (read_y == NO_CLASS) { continue; }
+    const size_t at = static_cast<size_t>(first + read) * num_features;
+    const Dtype* const x_row = x + at;
+    const Dtype* const w_row = w + static_cast<size_t>(read_y) * num_features;
+    if (read_of_x != 0 && Aligned(x_row, num_features)
+        && Aligned(w_row, num_features) && Aligned(dx + at, num_features)) {
+      AddBatches<LOAD / sizeof(Dtype)>(dx + at, read_of_x, x_row, read_of_w,
+          w_row, num_features, team.lanes);
+      continue;
     }
-  }
-}
-
-// The same places: adds to the row of dW of each class whose first key is at
-// one of them.
-template <typename Dtype>
-static __device__ void BackwardClasses(int first, int num_samples,
-    int num_features, const Team& team, const Dtype* __restrict__ w,
-    const Coefficients* __restrict__ coefficients,
-    const Key* __restrict__ keys, const double* __restrict__ sums,
-    Dtype* __restrict__ dw) {
-  const int lane = threadIdx.x % WARP;
-  const int lanes = team.Most();
-  const int own = first + lane;
-  const Key key = lane < team.rows ? KeyAt(keys, num_samples, own) : ~Key(0);
-  unsigned begin = __ballot_sync(FULL_MASK, ClassOf(key) != NO_CLASS
-      && (own == 0 || ClassOf(keys[own - 1]) != ClassOf(key)));
-  for (; begin != 0; begin &= begin - 1) {
-    const int source = __ffs(begin) - 1;
-    const int place = first + source;
-    const int y = __shfl_sync(FULL_MASK, ClassOf(key), source);
-    const int sample = __shfl_sync(FULL_MASK, SampleOf(key), source);
-    // The class ends in the block of Fold that it begins in, or goes on.
-    double sum = sums[place];
-    const int next = (place / THREADS + 1) * THREADS;
-    if (ClassOf(KeyAt(keys, num_samples, next)) == y) {
-      Pair more = {0, 0};
-      for (long long i = next
-          + static_cast<long long>(Rank(lanes)) * THREADS;
-          i < num_samples && ClassOf(keys[i]) == y; i += lanes * THREADS) {
-        more.w += sums[i];
+    AddBatches<1>(dx + at, read_of_x, x_row, read_of_w, w_row, num_features,
+        team.lanes);
+    if (read_of_x == 0) {
+      const Coefficients of = coefficients[first + read];
+      const Dtype g =
+          diff[static_cast<size_t>(first + read) * num_classes + read_y];
+      const Factor factor = {g * of.b, of.w, of.x};
+      // A thread has the values that it has written above.
+      for (int i = Rank(team.lanes); i < num_features; i += team.lanes) {
+        dx[at + i] += Apart(factor, x_row[i]);
       }
-      sum += JoinRow<Add>(more, lanes).w;
-    }
-    const Factor factor = {sum, 1, coefficients[sample].w};
-    const Dtype product = Product<Dtype>(factor);
-    const size_t at = static_cast<size_t>(y) * num_features;
-    if (product != 0) {
-      AddProduct(dw + at, product, w + at, num_features, lanes);
-    } else {
-      AddFactor(dw + at, factor, w + at, num_features, lanes);
     }
   }
 }
 
-// A grid's first row of blocks has the samples, its second the classes.
+// The first place of a sorted range of keys whose key is at or above a bound;
+// `end` if there is none. Found by a warp, a key a lane at once.
+static __device__ int LowerBound(const Key* __restrict__ keys, int begin,
+    int end, Key bound) {
+  while (begin < end) {
+    const int step = (end - begin + WARP - 1) / WARP;
+    const long long last =
+        begin + static_cast<long long>(threadIdx.x % WARP + 1) * step - 1;
+    const unsigned below =
+        __ballot_sync(FULL_MASK, last < end && keys[last] < bound);
+    // The lanes below are the first ones.
+    begin += step * __popc(below);
+    if (begin + step - 1 < end) { end = begin + step - 1; }
+  }
+  return begin;
+}
+
+static __device__ Key LeastKey(int of_class) {
+  return Key(static_cast<unsigned>(of_class)) << 32;
+}
+
+// What a block knows of its places: a sample each, in the order of the keys.
+template <typename Dtype>
+struct Places {
+  int classes[PLACES];
+  int samples[PLACES];
+  Dtype of_x[PLACES];      // g a
+  double terms[PLACES];    // g b |x|
+  double inverses[PLACES];  // 1 / |w|
+};
+
+// The block's, whatever its loads are.
+template <typename Dtype>
+static __device__ Places<Dtype>* SharedPlaces() {
+  __shared__ Places<Dtype> places;
+  return &places;
+}
+
+// A sum over a class's samples, of a thread's columns: of g a x, and of g b |x|.
+template <typename Dtype, int V>
+struct ClassSum {
+  Vector<Dtype, V> of_x;
+  double terms;
+
+  // dw, some columns of a row, with what the sum brings; w is the same of W,
+  // and `of` has |w|.
+  __device__ Vector<Dtype, V> AddTo(Vector<Dtype, V> dw,
+      const Vector<Dtype, V>& w, double inverse, const Coefficients& of) const {
+    const Dtype of_w = Product<Dtype>(terms, inverse);
+    if (of_w != 0) {
+      for (int k = 0; k < V; ++k) { dw.v[k] += of_x.v[k] + of_w * w.v[k]; }
+    } else {
+      // w of no sample with an angle may not be finite.
+      const Factor factor = {terms, 1, of.w};
+      for (int k = 0; k < V; ++k) {
+        dw.v[k] += of_x.v[k] + Apart(factor, w.v[k]);
+      }
+    }
+    return dw;
+  }
+};
+
+// Where a chunk leaves the sums of classes that it shares with others: of the
+// one that began before it, and of the one that begins in it and goes on.
+enum { kBegun = 0, kBegins = 1, kShared = 2 };
+
+// The block's chunks and columns of dW.
+//
+// partials, terms and counters have room for each chunk, by columns of blocks:
+// kShared rows of x and kShared numbers, and a counter that is 0 and is left
+// so: of the chunks, that share the class beginning there, that are done.
+template <typename Dtype, int V>
+static __device__ void AddToClasses(int block, int num_samples,
+    int num_classes, int num_features, const Cut& cut,
+    const Dtype* __restrict__ x, const Dtype* __restrict__ w,
+    const Coefficients* __restrict__ coefficients,
+    const Key* __restrict__ keys, const Dtype* __restrict__ diff,
+    Dtype* __restrict__ dw, Dtype* partials, double* partial_terms,
+    int* counters) {
+  typedef Vector<Dtype, V> Values;
+  Places<Dtype>& at = *SharedPlaces<Dtype>();
+  const int chunks = cut.Chunks();
+  const int columns = block % cut.columns;
+  const int first_chunk = block / cut.columns * chunks;
+  const int team = threadIdx.x / cut.lanes;
+  const int chunk = first_chunk + team;
+  const int first = chunk * cut.places;
+
+  // The scalars of the block's places, one a thread.
+  for (int i = threadIdx.x; i < chunks * cut.places; i += THREADS) {
+    const Key key = KeyAt(keys, num_samples, first_chunk * cut.places + i);
+    const int y = ClassOf(key);
+    at.classes[i] = y;
+    at.samples[i] = SampleOf(key);
+    at.of_x[i] = 0;
+    at.terms[i] = 0;
+    at.inverses[i] = 0;
+    if (y == NO_CLASS) { continue; }
+    const size_t sample = SampleOf(key);
+    const Coefficients of = coefficients[sample];
+    at.inverses[i] = 1 / of.w;
+    if (of.x == 0) { continue; }
+    const Dtype g = diff[sample * num_classes + y];
+    at.of_x[i] = static_cast<Dtype>(g * of.a);
+    at.terms[i] = g * of.b * of.x;
+  }
+  const int before = first == 0 ? NO_CLASS
+      : ClassOf(KeyAt(keys, num_samples, first - 1));
+  const int behind = ClassOf(KeyAt(keys, num_samples, first + cut.places));
+  __syncthreads();
+
+  // The thread's columns of its chunk.
+  const int begin = team * cut.places;
+  const int column = columns * cut.lanes + threadIdx.x % cut.lanes;
+  const bool has_column = column < num_features / V;
+  const auto row = [&](auto* matrix, size_t number) {
+    return reinterpret_cast<Values*>(const_cast<Dtype*>(matrix)
+        + number * num_features) + column;
+  };
+  const int head = at.classes[begin];
+  const int tail = at.classes[begin + cut.places - 1];
+  ClassSum<Dtype, V> sum = {};
+  for (int from = begin; from < begin + cut.places; from += LOADS) {
+    Values xs[LOADS], ws[LOADS], sums[LOADS];
+    bool ends[LOADS], is_whole[LOADS];
+    for (int j = 0; j < LOADS; ++j) {
+      const int i = from + j;
+      const int y = at.classes[i];
+      const bool is_last = i == begin + cut.places - 1;
+      ends[j] = y != NO_CLASS && (is_last || at.classes[i + 1] != y);
+      is_whole[j] = ends[j] && !(y == head && y == before)
+          && !(is_last && y == behind);
+      xs[j] = ws[j] = sums[j] = Values();
+      if (has_column && at.of_x[i] != 0) { xs[j] = *row(x, at.samples[i]); }
+      if (has_column && is_whole[j]) {
+        ws[j] = *row(w, y);
+        sums[j] = *row(dw, y);
+      }
+    }
+    for (int j = 0; j < LOADS; ++j) {
+      const int i = from + j;
+      for (int k = 0; k < V; ++k) {
+        sum.of_x.v[k] += at.of_x[i] * xs[j].v[k];
+      }
+      sum.terms += at.terms[i];
+      if (!ends[j]) { continue; }
+      const int y = at.classes[i];
+      if (is_whole[j] && has_column) {
+        *row(dw, y) = sum.AddTo(sums[j], ws[j], at.inverses[i],
+            coefficients[at.samples[i]]);
+      } else if (!is_whole[j]) {
+        const size_t slot = static_cast<size_t>(chunk) * kShared
+            + (y == head && y == before ? kBegun : kBegins);
+        if (has_column) { *row(partials, slot) = sum.of_x; }
+        if (threadIdx.x % cut.lanes == 0) {
+          partial_terms[slot * cut.columns + columns] = sum.terms;
+        }
+      }
+      sum = ClassSum<Dtype, V>();
+    }
+  }
+
+  // The classes that chunks share.
+  __shared__ bool is_shared[PLACES / LOADS][kShared];
+  __shared__ int firsts[PLACES / LOADS][kShared];
+  __shared__ int lasts[PLACES / LOADS][kShared];
+  const bool begun = head != NO_CLASS && head == before;
+  const bool begins =
+      tail != NO_CLASS && tail == behind && !(begun && head == tail);
+  if (threadIdx.x % cut.lanes == 0) {
+    is_shared[team][kBegun] = begun;
+    is_shared[team][kBegins] = begins;
+  }
+  if (!__syncthreads_or(begun || begins)) { return; }
+  for (int i = threadIdx.x / WARP; i < chunks * kShared; i += THREADS / WARP) {
+    const int its = i / kShared, slot = i % kShared;
+    int first_shared = first_chunk + its;
+    int last_shared = -1;
+    if (is_shared[its][slot]) {
+      const int y = at.classes[its * cut.places
+          + (slot == kBegun ? 0 : cut.places - 1)];
+      const int here = first_shared * cut.places;
+      if (slot == kBegun) {
+        first_shared = LowerBound(keys, 0, here, LeastKey(y)) / cut.places;
+      }
+      last_shared = (LowerBound(keys, here, num_samples, LeastKey(y + 1)) - 1)
+          / cut.places;
+      if (threadIdx.x % WARP == 0) {
+        // What the block has written is seen before its arrival, and what the
+        // others have written behind theirs.
+        __threadfence();
+        int* const counter = counters
+            + static_cast<size_t>(first_shared) * cut.columns + columns;
+        if (atomicAdd(counter, 1) == last_shared - first_shared) {
+          atomicExch(counter, 0);
+          __threadfence();
+        } else {
+          last_shared = -1;
+        }
+      }
+    }
+    if (threadIdx.x % WARP == 0) {
+      firsts[its][slot] = first_shared;
+      lasts[its][slot] = last_shared;
+    }
+  }
+  __syncthreads();
+
+  // The sums of those for which the block was the last: a team has every
+  // `chunks`-th of their chunks.
+  __shared__ Values shared_of_x[THREADS];
+  __shared__ double shared_terms[THREADS];
+  for (int i = 0; i < chunks * kShared; ++i) {
+    const int first_shared = firsts[i / kShared][i % kShared];
+    const int last_shared = lasts[i / kShared][i % kShared];
+    if (last_shared < 0) { continue; }
+    ClassSum<Dtype, V> of_team = {};
+    for (int from = first_shared + team; from <= last_shared;
+        from += LOADS * chunks) {
+      Values of_x[LOADS];
+      double terms[LOADS];
+      for (int j = 0; j < LOADS; ++j) {
+        const int other = from + j * chunks;
+        of_x[j] = Values();
+        terms[j] = 0;
+        if (other > last_shared) { continue; }
+        const size_t slot = static_cast<size_t>(other) * kShared
+            + (other == first_shared ? kBegins : kBegun);
+        if (has_column) { of_x[j] = *row(partials, slot); }
+        terms[j] = partial_terms[slot * cut.columns + columns];
+      }
+      for (int j = 0; j < LOADS; ++j) {
+        for (int k = 0; k < V; ++k) { of_team.of_x.v[k] += of_x[j].v[k]; }
+        of_team.terms += terms[j];
+      }
+    }
+    shared_of_x[threadIdx.x] = of_team.of_x;
+    shared_terms[threadIdx.x] = of_team.terms;
+    __syncthreads();
+    if (team == 0 && has_column) {
+      for (int other = 1; other < chunks; ++other) {
+        const int thread = threadIdx.x + other * cut.lanes;
+        for (int k = 0; k < V; ++k) {
+          of_team.of_x.v[k] += shared_of_x[thread].v[k];
+        }
+        of_team.terms += shared_terms[thread];
+      }
+      const int place = i / kShared * cut.places
+          + (i % kShared == kBegun ? 0 : cut.places - 1);
+      const int y = at.classes[place];
+      *row(dw, y) = of_team.AddTo(*row(dw, y), *row(w, y), at.inverses[place],
+          coefficients[at.samples[place]]);
+    }
+    __syncthreads();
+  }
+}
+
+// The first class_blocks blocks have the classes, the others the samples.
 template <typename Dtype>
 static __device__ void Backward(int num_samples, int num_classes,
-    int num_features, const Team& team, const Dtype* x, const Dtype* w,
-    const Coefficients* coefficients, const Key* keys, const Dtype* entries,
-    const double* sums, Dtype* diff, Dtype* dx, Dtype* dw) {
-  const int first = team.First(blockIdx.x);
-  if (blockIdx.y == 0) {
-    BackwardSamples(first, num_samples, num_classes, num_features, team, x,
-        coefficients, keys, entries, diff, dx);
+    int num_features, int class_blocks, const Team& team, const Cut& cut,
+    const Dtype* x, const Dtype* w, const Coefficients* coefficients,
+    const int* classes, const Key* keys, const Dtype* diff, Dtype* dx,
+    Dtype* dw, Dtype* partials, double* partial_terms, int* counters) {
+  const int block = blockIdx.x;
+  if (block >= class_blocks) {
+    AddToSamples(team.First(block - class_blocks), num_samples, num_classes,
+        num_features, team, x, w, coefficients, classes, diff, dx);
+  } else if (cut.wide) {
+    AddToClasses<Dtype, LOAD / sizeof(Dtype)>(block, num_samples, num_classes,
+        num_features, cut, x, w, coefficients, keys, diff, dw, partials,
+        partial_terms, counters);
   } else {
-    BackwardClasses(first, num_samples, num_features, team, w, coefficients,
-        keys, sums, dw);
+    AddToClasses<Dtype, 1>(block, num_samples, num_classes, num_features, cut,
+        x, w, coefficients, keys, diff, dw, partials, partial_terms, counters);
   }
 }
 
@@ -649,35 +862,32 @@ static __device__ void Backward(int num_samples, int num_classes,
 #define KERNEL extern "C" __global__ void
 
 #define KERNELS(Dtype, suffix) \
-  KERNEL large_margin_forward_##suffix(int num_samples, int num_tiles, \
-      Team team, Labels of, int num_features, int margin, double lambda, \
+  KERNEL large_margin_forward_##suffix(int num_samples, int num_sorts, \
+      Team team, Labels of, int num_features, int margin, double share, \
       const Dtype* __restrict__ x, const Dtype* __restrict__ labels, \
       const Dtype* __restrict__ w, Dtype* __restrict__ logits, \
-      Coefficients* __restrict__ coefficients, Key* __restrict__ keys, \
+      Coefficients* __restrict__ coefficients, int* __restrict__ classes, \
+      Key* __restrict__ keys, int num_counters, int* __restrict__ counters, \
       unsigned long long* bad_label) { \
-    Forward<Dtype>(num_samples, num_tiles, team, of, num_features, margin, \
-        lambda, x, labels, w, logits, coefficients, keys, bad_label); \
+    Forward<Dtype>(num_samples, num_sorts, team, of, num_features, margin, \
+        share, x, labels, w, logits, coefficients, classes, keys, \
+        num_counters, counters, bad_label); \
   } \
   KERNEL large_margin_merge_##suffix(int num_samples, int run, \
       const Key* __restrict__ from, Key* __restrict__ to) { \
     Merge(num_samples, run, from, to); \
   } \
-  KERNEL large_margin_fold_##suffix(int num_samples, int num_classes, \
-      const Coefficients* __restrict__ coefficients, \
-      const Key* __restrict__ keys, Dtype* __restrict__ diff, \
-      Dtype* __restrict__ entries, double* __restrict__ sums) { \
-    Fold<Dtype>(num_samples, num_classes, coefficients, keys, diff, entries, \
-        sums); \
-  } \
   KERNEL large_margin_backward_##suffix(int num_samples, int num_classes, \
-      int num_features, Team team, const Dtype* __restrict__ x, \
-      const Dtype* __restrict__ w, \
+      int num_features, int class_blocks, Team team, Cut cut, \
+      const Dtype* __restrict__ x, const Dtype* __restrict__ w, \
       const Coefficients* __restrict__ coefficients, \
-      const Key* __restrict__ keys, const Dtype* __restrict__ entries, \
-      const double* __restrict__ sums, Dtype* __restrict__ diff, \
-      Dtype* __restrict__ dx, Dtype* __restrict__ dw) { \
-    Backward<Dtype>(num_samples, num_classes, num_features, team, x, w, \
-        coefficients, keys, entries, sums, diff, dx, dw); \
+      const int* __restrict__ classes, const Key* __restrict__ keys, \
+      const Dtype* __restrict__ diff, Dtype* __restrict__ dx, \
+      Dtype* __restrict__ dw, Dtype* partials, double* partial_terms, \
+      int* counters) { \
+    Backward<Dtype>(num_samples, num_classes, num_features, class_blocks, \
+        team, cut, x, w, coefficients, classes, keys, diff, dx, dw, partials, \
+        partial_terms, counters); \
   }
 
 KERNELS(float, f32)

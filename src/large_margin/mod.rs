@@ -179,11 +179,13 @@ impl LargeMarginInnerProduct {
     }
 
     /// Bytes of device memory that a pass uses and that forward leaves to
-    /// backward: O(M). 0 in a build for the CPU alone.
+    /// backward: some 60 a sample and, for sums over classes of many samples, up
+    /// to 2 MiB or an eighth of X, whichever is more. 0 in a build for the CPU
+    /// alone.
     pub fn device_bytes(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(sizes) = self.sizes {
-            return sizes.samples * gpu::Scratch::BYTES;
+            return gpu::Scratch::bytes(sizes);
         }
         0
     }

@@ -378,6 +378,20 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATE_SITE) {
   return emulate::Ballot(mask, predicate != 0, site);
 }
 
+// Orders what the thread does before and behind it for other blocks, as on the
+// GPU; atomic functions alone order nothing.
+inline void __threadfence() {
+  static int fences;
+  __atomic_fetch_add(&fences, 1, __ATOMIC_ACQ_REL);
+}
+inline int atomicAdd(int* address, int value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline int atomicExch(int* address, int value) {
+  return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
+}
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(unsigned bits) { return std::countr_zero(bits) + 1; }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);

@@ -28,7 +28,7 @@
 // What the backward pass needs of a sample with a class, g being the gradient
 // of its target logit.
 struct alignas(16) Coefficients {
-  double a;  // times g, the part of w in dx and of x in dw beside InnerProduct's
+  double a;  // times g, of w in dx and of x in dw, beside InnerProduct's g
   double b;  // times g |w|/|x| of x in dx, times g |x|/|w| of w in dw
   double x;  // |x|; 0 where the margin leaves the sample alone
   double w;  // |w|
@@ -618,7 +618,8 @@ static __device__ Places<Dtype>* SharedPlaces() {
   return &places;
 }
 
-// A sum over a class's samples, of a thread's columns: of g a x, and of g b |x|.
+// A sum over samples of a class: of g a x, in the thread's columns, and of
+// g b |x|.
 template <typename Dtype, int V>
 struct ClassSum {
   Vector<Dtype, V> of_x;

@@ -18,7 +18,9 @@ to another format reads them.
 
 Shared parameters are written to each layer that has them. Before the files
 are written, both nets run on the same inputs; where their outputs differ by
-more than 1e-4 (relative to the largest output), nothing is written.
+more than 1e-4 (relative to the largest output), nothing is written. Where
+OpenCV's Python module is there, it runs the new net on them, too: a warning
+says what it makes otherwise.
 """
 import argparse
 import contextlib
@@ -28,6 +30,7 @@ import numpy as np
 
 import caffe_model
 import caffe_proto
+import opencv_net
 from bn_dialect import inverse_std, speaks_against
 from caffe_net import Caffe
 from caffe_proto import UserError, user_errors
@@ -35,6 +38,8 @@ from deploy_input import IMAGES, Input
 from deploy_net import MARGIN, Graph
 
 TOLERANCE = 1e-4
+# Of OpenCV, which has other algorithms for convolutions.
+OPENCV_TOLERANCE = 1e-3
 # Random inputs of the proof.
 SAMPLES = 4
 
@@ -210,7 +215,10 @@ def largest_difference(ours, theirs):
 
 
 def prove(caffe, reference, reference_model, net, model, inputs, names):
-    """Raises UserError where the nets do not agree; else says how well."""
+    """Raises UserError where the nets do not agree; else says how well.
+
+    Returns the outputs of the new net.
+    """
     with caffe_model.scratch(model) as path:
         ours = caffe.outputs(reference, reference_model, inputs, names)
         theirs = caffe.outputs(net, path, inputs, names)
@@ -222,6 +230,41 @@ def prove(caffe, reference, reference_model, net, model, inputs, names):
     if not difference <= TOLERANCE:
         raise UserError("the nets differ by %.2g in '%s', more than %g: "
                         "nothing is written" % (difference, name, TOLERANCE))
+    return theirs
+
+
+def try_opencv(net, model, inputs, ours):
+    """Says whether OpenCV, where it is there, makes the same of the net."""
+    answer = opencv_net.outputs(net, model, inputs, list(ours[0]))
+    if answer is None:
+        return
+    version, theirs = answer
+    if isinstance(theirs, str):
+        print("warning: OpenCV %s does not run this net: %s" % (version,
+                                                                theirs))
+        return
+    # It has 1 x 5 x 1 x 1 where Caffe has 1 x 5.
+    theirs = [{name: array.reshape(own[name].shape)
+               if array.size == own[name].size else array
+               for name, array in sample.items()}
+              for own, sample in zip(ours, theirs)]
+    ours = [{name: own[name] for name in sample}
+            for own, sample in zip(ours, theirs)]
+    try:
+        difference, name = largest_difference(ours, theirs)
+    except UserError as error:
+        print("warning: OpenCV %s makes something else of this net: %s"
+              % (version, error))
+        return
+    if name is None:
+        return
+    if difference <= OPENCV_TOLERANCE:
+        print("OpenCV %s on the same: largest relative difference %.2g (%s)"
+              % (version, difference, name))
+    else:
+        print("warning: OpenCV %s makes something else of this net: '%s' "
+              "differs by %.2g; run it in Caffe, or try another OpenCV"
+              % (version, name, difference))
 
 
 def report(graph, before):
@@ -267,8 +310,9 @@ def export(caffe, pb, args):
         net = graph.net(source.name, for_deploy=True)
         model = model_of(pb, graph, net).SerializeToString()
         report(graph, before)
-        prove(caffe, str(reference), reference_model, str(net), model, arrays,
-              compared(graph))
+        theirs = prove(caffe, str(reference), reference_model, str(net), model,
+                       arrays, compared(graph))
+        try_opencv(net, model, arrays, theirs)
     lines = ["Made by export_deploy.py from %s and %s." % (
         os.path.basename(args.net), os.path.basename(args.model))]
     for one in inputs:

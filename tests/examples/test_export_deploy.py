@@ -743,6 +743,59 @@ def test_nets_that_differ_are_not_written(bench, monkeypatch):
     assert not bench.out.exists()
 
 
+def test_opencv_beside_it(bench, capsys):
+    bench.write(image(1, 4, 9, 9), *TAIL)
+    bench.make_model()
+    bench.export()
+    line, = re.findall(r"^OpenCV [\d.]+ on the same: largest relative "
+                       r"difference (\S+) \(ip2\)$", capsys.readouterr().out,
+                       re.M)
+    assert float(line) < 1e-5
+
+
+@pytest.mark.parametrize("answer, words", [
+    (None, None),
+    (("4.6.0", "no layer of the type X"),
+     "OpenCV 4.6.0 does not run this net: no layer of the type X"),
+    (("4.6.0", lambda own: own + 1), "OpenCV 4.6.0 makes something else of "
+     "this net: 'ip2' differs by .*; run it in Caffe"),
+    (("4.6.0", lambda own: own[:, :2]), "OpenCV 4.6.0 makes something else of "
+     "this net: 'ip2' has the shape"),
+    (("4.6.0", lambda own: own.reshape(1, 5, 1, 1)), None)])
+def test_opencv_that_differs(bench, monkeypatch, capsys, answer, words):
+    """It is warned of, and the files are written: Caffe agrees."""
+    found = []
+
+    def prove(*args):
+        found.extend(real(*args))
+        return found
+
+    def outputs(*_):
+        if answer is None or isinstance(answer[1], str):
+            return answer
+        return answer[0], [{"ip2": answer[1](own["ip2"])} for own in found]
+    real = export_deploy.prove
+    monkeypatch.setattr(export_deploy, "prove", prove)
+    monkeypatch.setattr(export_deploy.opencv_net, "outputs", outputs)
+    bench.write(image(1, 4, 9, 9), *TAIL)
+    bench.make_model()
+    bench.export()
+    out = capsys.readouterr().out
+    assert (bench.out / "deploy.caffemodel").exists()
+    if words is None:
+        assert "warning" not in out
+    else:
+        assert re.search("^warning: " + words, out, re.M), out
+
+
+def test_net_that_opencv_does_not_read(bench, capsys):
+    bench.write(image(1, 4, 9, 9), layer("MVN", "m", "data"),
+                layer("Filter", "f", "m m"), *TAIL)
+    answer = export_deploy.opencv_net.outputs(
+        bench.parsed(bench.net), b"", [{}], ["f"])
+    assert isinstance(answer[1], str) and answer[1], answer
+
+
 def test_largest_difference():
     one = [{"a": np.array([1., -4]), "b": np.array([1.])}] * 2
     two = [one[0], {"a": np.array([1., -3]), "b": np.array([1.1])}]

@@ -597,6 +597,12 @@ static __device__ int LowerBound(const Key* __restrict__ keys, int begin,
   return begin;
 }
 
+// Chunks, both included; none if last is -1.
+struct Range {
+  int first;
+  int last;
+};
+
 static __device__ Key LeastKey(int of_class) {
   return Key(static_cast<unsigned>(of_class)) << 32;
 }
@@ -647,196 +653,240 @@ struct ClassSum {
 // one that began before it, and of the one that begins in it and goes on.
 enum { kBegun = 0, kBegins = 1, kShared = 2 };
 
-// The block's chunks and columns of dW.
+// Some columns of the rows of dW to which a block adds.
 //
-// partials, terms and counters have room for each chunk, by columns of blocks:
-// kShared rows of x and kShared numbers, and a counter that is 0 and is left
-// so: of the chunks, that share the class beginning there, that are done.
+// partials, partial_terms and counters have room for each chunk, by columns of
+// blocks: kShared rows of x and kShared numbers, and a counter that is 0 and is
+// left so: of the chunks, sharing the class that begins in it, that are done.
 template <typename Dtype, int V>
-static __device__ void AddToClasses(int block, int num_samples,
-    int num_classes, int num_features, const Cut& cut,
-    const Dtype* __restrict__ x, const Dtype* __restrict__ w,
-    const Coefficients* __restrict__ coefficients,
-    const Key* __restrict__ keys, const Dtype* __restrict__ diff,
-    Dtype* __restrict__ dw, Dtype* partials, double* partial_terms,
-    int* counters) {
+struct ClassAdder {
   typedef Vector<Dtype, V> Values;
-  Places<Dtype>& at = *SharedPlaces<Dtype>();
-  const int chunks = cut.Chunks();
-  const int columns = block % cut.columns;
-  const int first_chunk = block / cut.columns * chunks;
-  const int team = threadIdx.x / cut.lanes;
-  const int chunk = first_chunk + team;
-  const int first = chunk * cut.places;
+  const Cut& cut;
+  int num_samples, num_classes, num_features;
+  const Dtype* __restrict__ x;
+  const Dtype* __restrict__ w;
+  const Coefficients* __restrict__ coefficients;
+  const Key* __restrict__ keys;
+  const Dtype* __restrict__ diff;
+  Dtype* __restrict__ dw;
+  Dtype* partials;
+  double* partial_terms;
+  int* counters;
+  int block;
+
+  __device__ void Add() const {
+    ReadPlaces();
+    // Before and behind the thread's chunk.
+    const int first = (FirstChunk() + Team()) * cut.places;
+    const int before = first == 0 ? NO_CLASS
+        : ClassOf(KeyAt(keys, num_samples, first - 1));
+    const int behind = ClassOf(KeyAt(keys, num_samples, first + cut.places));
+    __syncthreads();
+    AddChunk(before, behind);
+    const int head = ClassAt(Team(), kBegun), tail = ClassAt(Team(), kBegins);
+    const bool begun = head != NO_CLASS && head == before;
+    const bool begins =
+        tail != NO_CLASS && tail == behind && !(begun && head == tail);
+    if (__syncthreads_or(begun || begins)) { AddShared(begun, begins); }
+  }
+
+ private:
+  __device__ Places<Dtype>& At() const { return *SharedPlaces<Dtype>(); }
+  // Which of the blocks' columns the block has, and of these the thread's.
+  __device__ int Columns() const { return block % cut.columns; }
+  __device__ int Rank() const { return threadIdx.x % cut.lanes; }
+  __device__ int Column() const { return Columns() * cut.lanes + Rank(); }
+  __device__ bool HasColumn() const { return Column() < num_features / V; }
+  __device__ int FirstChunk() const {
+    return block / cut.columns * cut.Chunks();
+  }
+  // The thread's chunk among the block's.
+  __device__ int Team() const { return threadIdx.x / cut.lanes; }
+  // The class that a chunk of the block may share with those before or behind.
+  __device__ int PlaceOf(int chunk, int slot) const {
+    return chunk * cut.places + (slot == kBegun ? 0 : cut.places - 1);
+  }
+  __device__ int ClassAt(int chunk, int slot) const {
+    return At().classes[PlaceOf(chunk, slot)];
+  }
+  __device__ size_t Row(size_t number) const {
+    return number * num_features + static_cast<size_t>(Column()) * V;
+  }
+  __device__ const Values& Of(const Dtype* matrix, size_t row) const {
+    return *reinterpret_cast<const Values*>(matrix + Row(row));
+  }
+  __device__ Values& Of(Dtype* matrix, size_t row) const {
+    return *reinterpret_cast<Values*>(matrix + Row(row));
+  }
+  // A chunk's among the partials.
+  __device__ static size_t Slot(int chunk, int slot) {
+    return static_cast<size_t>(chunk) * kShared + slot;
+  }
+  __device__ double& Terms(size_t slot) const {
+    return partial_terms[slot * cut.columns + Columns()];
+  }
 
   // The scalars of the block's places, one a thread.
-  for (int i = threadIdx.x; i < chunks * cut.places; i += THREADS) {
-    const Key key = KeyAt(keys, num_samples, first_chunk * cut.places + i);
-    const int y = ClassOf(key);
-    at.classes[i] = y;
-    at.samples[i] = SampleOf(key);
-    at.of_x[i] = 0;
-    at.terms[i] = 0;
-    at.inverses[i] = 0;
-    if (y == NO_CLASS) { continue; }
-    const size_t sample = SampleOf(key);
-    const Coefficients of = coefficients[sample];
-    at.inverses[i] = 1 / of.w;
-    if (of.x == 0) { continue; }
-    const Dtype g = diff[sample * num_classes + y];
-    at.of_x[i] = static_cast<Dtype>(g * of.a);
-    at.terms[i] = g * of.b * of.x;
-  }
-  const int before = first == 0 ? NO_CLASS
-      : ClassOf(KeyAt(keys, num_samples, first - 1));
-  const int behind = ClassOf(KeyAt(keys, num_samples, first + cut.places));
-  __syncthreads();
-
-  // The thread's columns of its chunk.
-  const int begin = team * cut.places;
-  const int column = columns * cut.lanes + threadIdx.x % cut.lanes;
-  const bool has_column = column < num_features / V;
-  const auto row = [&](auto* matrix, size_t number) {
-    return reinterpret_cast<Values*>(const_cast<Dtype*>(matrix)
-        + number * num_features) + column;
-  };
-  const int head = at.classes[begin];
-  const int tail = at.classes[begin + cut.places - 1];
-  ClassSum<Dtype, V> sum = {};
-  for (int from = begin; from < begin + cut.places; from += LOADS) {
-    Values xs[LOADS], ws[LOADS], sums[LOADS];
-    bool ends[LOADS], is_whole[LOADS];
-    for (int j = 0; j < LOADS; ++j) {
-      const int i = from + j;
-      const int y = at.classes[i];
-      const bool is_last = i == begin + cut.places - 1;
-      ends[j] = y != NO_CLASS && (is_last || at.classes[i + 1] != y);
-      is_whole[j] = ends[j] && !(y == head && y == before)
-          && !(is_last && y == behind);
-      xs[j] = ws[j] = sums[j] = Values();
-      if (has_column && at.of_x[i] != 0) { xs[j] = *row(x, at.samples[i]); }
-      if (has_column && is_whole[j]) {
-        ws[j] = *row(w, y);
-        sums[j] = *row(dw, y);
-      }
+  __device__ void ReadPlaces() const {
+    Places<Dtype>& at = At();
+    for (int i = threadIdx.x; i < cut.Chunks() * cut.places; i += THREADS) {
+      const Key key = KeyAt(keys, num_samples, FirstChunk() * cut.places + i);
+      const int y = ClassOf(key);
+      at.classes[i] = y;
+      at.samples[i] = SampleOf(key);
+      at.of_x[i] = 0;
+      at.terms[i] = 0;
+      at.inverses[i] = 0;
+      if (y == NO_CLASS) { continue; }
+      const size_t sample = SampleOf(key);
+      const Coefficients of = coefficients[sample];
+      at.inverses[i] = 1 / of.w;
+      if (of.x == 0) { continue; }
+      const Dtype g = diff[sample * num_classes + y];
+      at.of_x[i] = static_cast<Dtype>(g * of.a);
+      at.terms[i] = g * of.b * of.x;
     }
-    for (int j = 0; j < LOADS; ++j) {
-      const int i = from + j;
-      for (int k = 0; k < V; ++k) {
-        sum.of_x.v[k] += at.of_x[i] * xs[j].v[k];
-      }
-      sum.terms += at.terms[i];
-      if (!ends[j]) { continue; }
-      const int y = at.classes[i];
-      if (is_whole[j] && has_column) {
-        *row(dw, y) = sum.AddTo(sums[j], ws[j], at.inverses[i],
-            coefficients[at.samples[i]]);
-      } else if (!is_whole[j]) {
-        const size_t slot = static_cast<size_t>(chunk) * kShared
-            + (y == head && y == before ? kBegun : kBegins);
-        if (has_column) { *row(partials, slot) = sum.of_x; }
-        if (threadIdx.x % cut.lanes == 0) {
-          partial_terms[slot * cut.columns + columns] = sum.terms;
+  }
+
+  // The thread's columns of its chunk: to dW the sums of classes that the chunk
+  // has alone, to the partials those of others.
+  __device__ void AddChunk(int before, int behind) const {
+    const Places<Dtype>& at = At();
+    const int begin = Team() * cut.places;
+    const int last = begin + cut.places - 1;
+    const int head = at.classes[begin];
+    ClassSum<Dtype, V> sum = {};
+    for (int from = begin; from <= last; from += LOADS) {
+      Values xs[LOADS], ws[LOADS], sums[LOADS];
+      bool ends[LOADS], is_whole[LOADS];
+      for (int j = 0; j < LOADS; ++j) {
+        const int i = from + j;
+        const int y = at.classes[i];
+        ends[j] = y != NO_CLASS && (i == last || at.classes[i + 1] != y);
+        is_whole[j] = ends[j] && !(y == head && y == before)
+            && !(i == last && y == behind);
+        xs[j] = ws[j] = sums[j] = Values();
+        if (HasColumn() && at.of_x[i] != 0) { xs[j] = Of(x, at.samples[i]); }
+        if (HasColumn() && is_whole[j]) {
+          ws[j] = Of(w, y);
+          sums[j] = Of(dw, y);
         }
       }
-      sum = ClassSum<Dtype, V>();
-    }
-  }
-
-  // The classes that chunks share.
-  __shared__ bool is_shared[PLACES / LOADS][kShared];
-  __shared__ int firsts[PLACES / LOADS][kShared];
-  __shared__ int lasts[PLACES / LOADS][kShared];
-  const bool begun = head != NO_CLASS && head == before;
-  const bool begins =
-      tail != NO_CLASS && tail == behind && !(begun && head == tail);
-  if (threadIdx.x % cut.lanes == 0) {
-    is_shared[team][kBegun] = begun;
-    is_shared[team][kBegins] = begins;
-  }
-  if (!__syncthreads_or(begun || begins)) { return; }
-  for (int i = threadIdx.x / WARP; i < chunks * kShared; i += THREADS / WARP) {
-    const int its = i / kShared, slot = i % kShared;
-    int first_shared = first_chunk + its;
-    int last_shared = -1;
-    if (is_shared[its][slot]) {
-      const int y = at.classes[its * cut.places
-          + (slot == kBegun ? 0 : cut.places - 1)];
-      const int here = first_shared * cut.places;
-      if (slot == kBegun) {
-        first_shared = LowerBound(keys, 0, here, LeastKey(y)) / cut.places;
-      }
-      last_shared = (LowerBound(keys, here, num_samples, LeastKey(y + 1)) - 1)
-          / cut.places;
-      if (threadIdx.x % WARP == 0) {
-        // What the block has written is seen before its arrival, and what the
-        // others have written behind theirs.
-        __threadfence();
-        int* const counter = counters
-            + static_cast<size_t>(first_shared) * cut.columns + columns;
-        if (atomicAdd(counter, 1) == last_shared - first_shared) {
-          atomicExch(counter, 0);
-          __threadfence();
-        } else {
-          last_shared = -1;
+      for (int j = 0; j < LOADS; ++j) {
+        const int i = from + j;
+        for (int k = 0; k < V; ++k) {
+          sum.of_x.v[k] += at.of_x[i] * xs[j].v[k];
         }
+        sum.terms += at.terms[i];
+        if (!ends[j]) { continue; }
+        const int y = at.classes[i];
+        if (is_whole[j] && HasColumn()) {
+          Of(dw, y) = sum.AddTo(sums[j], ws[j], at.inverses[i],
+              coefficients[at.samples[i]]);
+        } else if (!is_whole[j]) {
+          const size_t slot = Slot(FirstChunk() + Team(),
+              y == head && y == before ? kBegun : kBegins);
+          if (HasColumn()) { Of(partials, slot) = sum.of_x; }
+          if (Rank() == 0) { Terms(slot) = sum.terms; }
+        }
+        sum = ClassSum<Dtype, V>();
       }
     }
-    if (threadIdx.x % WARP == 0) {
-      firsts[its][slot] = first_shared;
-      lasts[its][slot] = last_shared;
-    }
   }
-  __syncthreads();
 
-  // The sums of those for which the block was the last: a team has every
-  // `chunks`-th of their chunks.
-  __shared__ Values shared_of_x[THREADS];
-  __shared__ double shared_terms[THREADS];
-  for (int i = 0; i < chunks * kShared; ++i) {
-    const int first_shared = firsts[i / kShared][i % kShared];
-    const int last_shared = lasts[i / kShared][i % kShared];
-    if (last_shared < 0) { continue; }
-    ClassSum<Dtype, V> of_team = {};
-    for (int from = first_shared + team; from <= last_shared;
-        from += LOADS * chunks) {
+  // The chunks that share a class of one of the block's, if all others are
+  // done; else, and in all lanes but the first, nothing. By a warp.
+  __device__ Range Arrive(int chunk, int slot) const {
+    const int y = ClassAt(chunk, slot);
+    Range range = {FirstChunk() + chunk, -1};
+    const int here = range.first * cut.places;
+    if (slot == kBegun) {
+      range.first = LowerBound(keys, 0, here, LeastKey(y)) / cut.places;
+    }
+    const int last =
+        (LowerBound(keys, here, num_samples, LeastKey(y + 1)) - 1) / cut.places;
+    if (threadIdx.x % WARP != 0) { return range; }
+    int* const counter = counters
+        + static_cast<size_t>(range.first) * cut.columns + Columns();
+    // What the block has written is seen before its arrival, and what the
+    // others have written behind theirs.
+    __threadfence();
+    if (atomicAdd(counter, 1) == last - range.first) {
+      atomicExch(counter, 0);
+      __threadfence();
+      range.last = last;
+    }
+    return range;
+  }
+
+  // The thread's columns of the sums that the chunks of its team's share: each
+  // as many behind the last as the block has teams.
+  __device__ ClassSum<Dtype, V> SumOfTeam(const Range& range) const {
+    ClassSum<Dtype, V> sum = {};
+    for (int from = range.first + Team(); from <= range.last;
+        from += LOADS * cut.Chunks()) {
       Values of_x[LOADS];
       double terms[LOADS];
       for (int j = 0; j < LOADS; ++j) {
-        const int other = from + j * chunks;
+        const int chunk = from + j * cut.Chunks();
         of_x[j] = Values();
         terms[j] = 0;
-        if (other > last_shared) { continue; }
-        const size_t slot = static_cast<size_t>(other) * kShared
-            + (other == first_shared ? kBegins : kBegun);
-        if (has_column) { of_x[j] = *row(partials, slot); }
-        terms[j] = partial_terms[slot * cut.columns + columns];
+        if (chunk > range.last) { continue; }
+        const size_t slot =
+            Slot(chunk, chunk == range.first ? kBegins : kBegun);
+        if (HasColumn()) { of_x[j] = Of(partials, slot); }
+        terms[j] = Terms(slot);
       }
       for (int j = 0; j < LOADS; ++j) {
-        for (int k = 0; k < V; ++k) { of_team.of_x.v[k] += of_x[j].v[k]; }
-        of_team.terms += terms[j];
+        for (int k = 0; k < V; ++k) { sum.of_x.v[k] += of_x[j].v[k]; }
+        sum.terms += terms[j];
       }
     }
-    shared_of_x[threadIdx.x] = of_team.of_x;
-    shared_terms[threadIdx.x] = of_team.terms;
-    __syncthreads();
-    if (team == 0 && has_column) {
-      for (int other = 1; other < chunks; ++other) {
-        const int thread = threadIdx.x + other * cut.lanes;
-        for (int k = 0; k < V; ++k) {
-          of_team.of_x.v[k] += shared_of_x[thread].v[k];
-        }
-        of_team.terms += shared_terms[thread];
-      }
-      const int place = i / kShared * cut.places
-          + (i % kShared == kBegun ? 0 : cut.places - 1);
-      const int y = at.classes[place];
-      *row(dw, y) = of_team.AddTo(*row(dw, y), *row(w, y), at.inverses[place],
-          coefficients[at.samples[place]]);
-    }
-    __syncthreads();
+    return sum;
   }
-}
+
+  // Arrives for the classes that the block's chunks share, and adds to dW what
+  // all chunks have left where the block is the last of them.
+  __device__ void AddShared(bool begun, bool begins) const {
+    __shared__ bool is_shared[PLACES / LOADS][kShared];
+    __shared__ Range ranges[PLACES / LOADS][kShared];
+    __shared__ Values of_x[THREADS];
+    __shared__ double terms[THREADS];
+    const int slots = cut.Chunks() * kShared;
+    if (Rank() == 0) {
+      is_shared[Team()][kBegun] = begun;
+      is_shared[Team()][kBegins] = begins;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / WARP; i < slots; i += THREADS / WARP) {
+      const int chunk = i / kShared, slot = i % kShared;
+      Range range = {0, -1};
+      if (is_shared[chunk][slot]) { range = Arrive(chunk, slot); }
+      if (threadIdx.x % WARP == 0) { ranges[chunk][slot] = range; }
+    }
+    __syncthreads();
+    for (int i = 0; i < slots; ++i) {
+      const int chunk = i / kShared, slot = i % kShared;
+      if (ranges[chunk][slot].last < 0) { continue; }
+      ClassSum<Dtype, V> sum = SumOfTeam(ranges[chunk][slot]);
+      of_x[threadIdx.x] = sum.of_x;
+      terms[threadIdx.x] = sum.terms;
+      __syncthreads();
+      if (Team() == 0 && HasColumn()) {
+        for (int team = 1; team < cut.Chunks(); ++team) {
+          const int thread = team * cut.lanes + threadIdx.x;
+          for (int k = 0; k < V; ++k) { sum.of_x.v[k] += of_x[thread].v[k]; }
+          sum.terms += terms[thread];
+        }
+        const int place = PlaceOf(chunk, slot);
+        const int y = At().classes[place];
+        Of(dw, y) = sum.AddTo(Of(dw, y), Of(w, y), At().inverses[place],
+            coefficients[At().samples[place]]);
+      }
+      __syncthreads();  // before the sums of the next class
+    }
+  }
+};
 
 // The first class_blocks blocks have the classes, the others the samples.
 template <typename Dtype>
@@ -850,12 +900,13 @@ static __device__ void Backward(int num_samples, int num_classes,
     AddToSamples(team.First(block - class_blocks), num_samples, num_classes,
         num_features, team, x, w, coefficients, classes, diff, dx);
   } else if (cut.wide) {
-    AddToClasses<Dtype, LOAD / sizeof(Dtype)>(block, num_samples, num_classes,
-        num_features, cut, x, w, coefficients, keys, diff, dw, partials,
-        partial_terms, counters);
+    ClassAdder<Dtype, LOAD / sizeof(Dtype)>{cut, num_samples, num_classes,
+        num_features, x, w, coefficients, keys, diff, dw, partials,
+        partial_terms, counters, block}.Add();
   } else {
-    AddToClasses<Dtype, 1>(block, num_samples, num_classes, num_features, cut,
-        x, w, coefficients, keys, diff, dw, partials, partial_terms, counters);
+    ClassAdder<Dtype, 1>{cut, num_samples, num_classes, num_features, x, w,
+        coefficients, keys, diff, dw, partials, partial_terms, counters,
+        block}.Add();
   }
 }
 

@@ -58,7 +58,6 @@ def write(path, values):
     mdb = load()
     os.mkdir(path)
     env, transaction = ctypes.c_void_p(), ctypes.c_void_p()
-    database = ctypes.c_uint()
 
     def check(error):
         if error:
@@ -70,12 +69,22 @@ def write(path, values):
         check(mdb.mdb_env_set_mapsize(env, MAP_SIZE))
         check(mdb.mdb_env_open(env, os.fsencode(path), 0, 0o644))
         check(mdb.mdb_txn_begin(env, None, 0, ctypes.byref(transaction)))
-        check(mdb.mdb_dbi_open(transaction, None, 0, ctypes.byref(database)))
-        for number, value in enumerate(values):
-            key = b"%08d" % number
-            check(mdb.mdb_put(
-                transaction, database, ctypes.byref(MdbVal(len(key), key)),
-                ctypes.byref(MdbVal(len(value), value)), MDB_APPEND))
+        try:
+            _put_all(mdb, transaction, values, check)
+        except BaseException:
+            mdb.mdb_txn_abort(transaction)
+            raise
         check(mdb.mdb_txn_commit(transaction))
     finally:
         mdb.mdb_env_close(env)
+
+
+def _put_all(mdb, transaction, values, check):
+    """Puts values under rising keys, as Caffe's own converters do."""
+    database = ctypes.c_uint()
+    check(mdb.mdb_dbi_open(transaction, None, 0, ctypes.byref(database)))
+    for number, value in enumerate(values):
+        key = b"%08d" % number
+        check(mdb.mdb_put(
+            transaction, database, ctypes.byref(MdbVal(len(key), key)),
+            ctypes.byref(MdbVal(len(value), value)), MDB_APPEND))

@@ -39,13 +39,11 @@ look_up() {
   local package bytes
   known=()
   size=0
-  for package in "${packages[@]}"; do
-    bytes=$(apt-cache show --no-all-versions "$package" 2>/dev/null |
-      sed -n '0,/^Size: /s/^Size: //p') || true
-    [ -n "$bytes" ] || continue
+  while read -r package bytes; do
     known+=("$package")
     size=$((size + bytes))
-  done
+  done < <(apt-cache show --no-all-versions "${packages[@]}" 2>/dev/null |
+    awk '$1 == "Package:" { name = $2 } $1 == "Size:" { print name, $2 }')
   size=$(((size + 500000) / 1000000))
 }
 
@@ -66,35 +64,38 @@ fi
 make_dir "$parts"
 log=$parts/apt.log
 say "downloading ${#known[@]} packages of typefaces ($size MB)"
-download || {
+if ! download; then
   # Lists that are old name packages that are gone.
-  ! can_install || { update_lists && download; }
-} || {
-  grep '^E: ' "$log" >&2 || true
-  say "apt could not download all of them (its words stand above)"
-}
+  if ! can_install || ! { update_lists; download; }; then
+    grep -m 1 '^E: ' "$log" >&2 || true
+    say "apt could not download all of them (its first words stand above)"
+  fi
+fi
 
 rm -rf "$data.new"
 make_dir "$data.new"
+left_out=()
 for line in "${wanted[@]}"; do
   read -r package file <<<"$line"
   unpacked=$parts/$package
-  if [ ! -e "$unpacked" ]; then
-    # Its data must be whole, too: a broken download leaves half a package.
-    if dpkg-deb -x "$parts/$package"_*.deb "$unpacked.new" 2>>"$log"; then
-      mv -T -- "$unpacked.new" "$unpacked"
-    fi
+  for deb in "$parts/$package"_*.deb; do
+    [ ! -e "$unpacked" ] || break
+    # A broken download leaves half a package.
     rm -rf "$unpacked.new"
-  fi
+    ! dpkg-deb -x "$deb" "$unpacked.new" 2>>"$log" ||
+      mv -T -- "$unpacked.new" "$unpacked"
+  done
   found=
   [ ! -e "$unpacked" ] ||
     found=$(find "$unpacked" -type f -name "$file" -print -quit)
   if [ -n "$found" ]; then
     cp -- "$found" "$data.new" || die "cannot write to $(rel "$data.new")"
   else
-    say "$file of $package cannot be had: it is left out"
+    left_out+=("$file")
   fi
 done
+[ ${#left_out[@]} -eq 0 ] ||
+  say "left out, as they cannot be had: ${left_out[*]}"
 had=$(count "$data.new")
 [ "$had" -ge "$enough" ] ||
   die "$had of ${#wanted[@]} typefaces could be had, and $enough are needed:\

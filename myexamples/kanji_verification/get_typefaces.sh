@@ -2,10 +2,10 @@
 # Usage: myexamples/kanji_verification/get_typefaces.sh
 #
 # Puts the typefaces that typefaces.txt names into
-# myexamples/kanji_verification/data. They are in packages of Debian and Ubuntu,
-# which apt downloads and checks; nothing is installed. One that cannot be had
-# is left out, as long as 20 are left. A folder data that is there already is
-# left as it is: font files of your own may be in it.
+# myexamples/kanji_verification/data. They are in packages of Debian and
+# Ubuntu, which apt downloads and checks; nothing is installed. One that cannot
+# be had is left out, as long as 20 are left. A folder data that is there
+# already is left as it is: font files of your own may be in it.
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -144,8 +144,8 @@ def run_all(args, parts):
     for part, judgements in zip(parts, found):
         print("\n%s\n" % part.describe(args.seeds))
         print_table(judgements)
-    kind = parts[0].kind if parts[0].kind != "test" else ""
-    path = os.path.join(output, "%s.json" % (kind or "results"))
+    prefix = "" if parts[0].kind == "test" else parts[0].kind + "_"
+    path = os.path.join(output, prefix + "results.json")
     with open(path, "w") as file:
         json.dump(as_numbers(parts, found), file, indent=1)
         file.write("\n")
@@ -157,4 +157,4 @@ def run_all(args, parts):
              "Verification on %s, mean and range of %d seed%s" % (
                  all_runs[0].dataset() or "images of your own", args.seeds,
                  "s"[args.seeds == 1:])),
-        os.path.join(output, "%sroc.png" % (kind and kind + "_")))
+        os.path.join(output, prefix + "roc.png"))

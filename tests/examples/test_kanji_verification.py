@@ -453,8 +453,9 @@ def test_training(tree, fonts, letters, caffe_root):
     assert "4 characters for validation: 120 pairs of 16 validation images" \
         in again.stdout
     assert "test images" not in again.stdout
-    assert again.stdout.splitlines()[-1] == \
-        "plot: %s/validation_roc.png" % runs
+    assert again.stdout.splitlines()[-2:] == [
+        "figures of each net: %s/validation_results.json" % runs,
+        "plot: %s/validation_roc.png" % runs]
     assert os.stat(runs + "/results.json").st_mtime_ns == results
 
     # Nets of other drawings are not taken for these.

@@ -1,41 +1,9 @@
 """How many samples a net trains on, for epochs."""
-import ctypes
 import os
 
 import caffe_proto
+import lmdb_file
 from caffe_proto import ROOT, UserError
-
-# Of lmdb.h: nothing is written, no lock file either.
-MDB_RDONLY, MDB_NOLOCK = 0x20000, 0x400000
-
-
-class MdbStat(ctypes.Structure):
-    """MDB_stat of lmdb.h."""
-    _fields_ = ([(name, ctypes.c_uint) for name in ("psize", "depth")]
-                + [(name, ctypes.c_size_t) for name in (
-                    "branch_pages", "leaf_pages", "overflow_pages",
-                    "entries")])
-
-
-def lmdb_entries(path):
-    """The entries of the LMDB at path, by the library that Caffe uses."""
-    try:
-        mdb = ctypes.CDLL("liblmdb.so.0")
-    except OSError:
-        raise UserError("liblmdb is not installed")
-    mdb.mdb_strerror.restype = ctypes.c_char_p
-    env, stat = ctypes.c_void_p(), MdbStat()
-    mdb.mdb_env_create(ctypes.byref(env))
-    try:
-        error = mdb.mdb_env_open(env, os.fsencode(path),
-                                 MDB_RDONLY | MDB_NOLOCK, 0)
-        if error:
-            raise UserError("%s: %s" % (path, mdb.mdb_strerror(
-                error).decode()))
-        mdb.mdb_env_stat(env, ctypes.byref(stat))
-        return stat.entries
-    finally:
-        mdb.mdb_env_close(env)
 
 
 def list_lines(path):
@@ -72,7 +40,7 @@ def count(pb, layer):
         return param.source, param.batch_size, list_lines
     param = layer.data_param
     if param.backend == pb.DataParameter.LMDB:
-        return param.source, param.batch_size, lmdb_entries
+        return param.source, param.batch_size, lmdb_file.entries
 
     def unknown(path):
         raise UserError("a LevelDB does not tell its size")

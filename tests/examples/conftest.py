@@ -21,7 +21,7 @@ CAFFE_ROOT = os.path.abspath(
 
 _made = shutil.ignore_patterns(
     "data", "data.*", "*_lmdb", "lmdb.new", "quick_snapshot", "comparison",
-    "runs", "tutorial", "__pycache__", ".lock")
+    "runs", "drawn", "drawn.new", "tutorial", "__pycache__", ".lock")
 
 
 def _not_in_a_clone(folder, names):

@@ -14,14 +14,14 @@ from small_mnist import expect, small_mnist
 sys.path[:0] = [os.path.join(ROOT, "myexamples"),
                 os.path.join(ROOT, "myexamples", "mnist_verification")]
 pytest.importorskip("sklearn")
-import mnist_verification  # noqa: E402
+import pair_judging  # noqa: E402
 import split_digits  # noqa: E402
 from caffe_proto import UserError  # noqa: E402
 
 
 def test_every_pair_once():
     rows = np.array([[1, 0], [2, 0], [0, 3]])
-    scores, same = mnist_verification.all_pairs(rows, np.array([5, 5, 6]))
+    scores, same = pair_judging.all_pairs(rows, np.array([5, 5, 6]))
     assert scores == pytest.approx([1, 0, 0])
     assert list(same) == [True, False, False]
 
@@ -64,8 +64,8 @@ def test_from_nothing_and_again(tree, caffe_root):
             assert "digits %s: 1225 pairs of 50 test images, mean ± " \
                 "standard deviation of 2 seeds" % what in lines
         rate = r" \| (\S+) ± (\S+)"
-        rows = re.findall(r"^\| (\d)%s \| (\S+) (\S+) \|$" % (3 * rate),
-                          done.stdout, re.M)
+        rows = re.findall(r"^\| (\d)%s \| (?:-|[+-]\S+ ± \S+) \| (\S+) "
+                          r"(\S+) \|$" % (3 * rate), done.stdout, re.M)
         assert [row[0] for row in rows] == ["1", "3", "1", "3"]
         for row in rows:
             rates = np.array(row[1:], float)
@@ -86,7 +86,7 @@ def test_from_nothing_and_again(tree, caffe_root):
         again = tree.run(script, *args, env=env)
         assert "train_lmdb is ready" in again.stdout
         assert "3 of 4 runs are done already" in again.stdout
-        assert again.stdout.splitlines()[-16:] == lines[-16:]
+        assert again.stdout.splitlines()[-18:] == lines[-18:]
 
         tree.path("mnist/data/dataset.txt").write_text("Fashion-MNIST\n")
         other = tree.run(script, *args, env=env)

@@ -150,12 +150,13 @@ struct Cut {
 const _: () = assert!(size_of::<Cut>() == CUT);
 
 impl Cut {
-    /// Sorted samples of a chunk: few, for many blocks at once, and more where
-    /// there are blocks enough, for less sums of classes that chunks share. As
-    /// the memory for these, it does not depend on how rows are read.
+    /// Sorted samples of a chunk: those that a thread reads at once, for many
+    /// blocks with little to do one after the other, and more where there are
+    /// blocks enough, for less sums of classes that chunks share. As the memory
+    /// for these, it does not depend on how rows are read.
     fn places(sizes: Sizes) -> usize {
         let values = sizes.samples * sizes.features;
-        (values >> 17).clamp(8, 32).next_power_of_two()
+        (values >> 17).clamp(LOADS, 32).next_power_of_two()
     }
 
     fn chunks(sizes: Sizes) -> usize {
@@ -509,6 +510,40 @@ mod tests {
                     let blocks = team.blocks(samples) as usize;
                     assert!(blocks * of_a_block >= samples && (blocks - 1) * of_a_block < samples);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn cuts_are_as_the_kernels_ask() {
+        for samples in [1, 5, 1000, 65536, 1 << 20] {
+            for features in [1, 2, 17, 64, 512, 516, 4096, 25088] {
+                let sizes = Sizes {
+                    samples,
+                    features,
+                    classes: 3,
+                    axis: 1,
+                };
+                for (size, wide) in [(4, false), (8, false), (4, true), (8, true)] {
+                    if wide && !(features * size).is_multiple_of(LOAD) {
+                        continue;
+                    }
+                    let cut = Cut::new(sizes, size, wide);
+                    let [places, lanes, columns] =
+                        [cut.places, cut.lanes, cut.columns].map(|n| n as usize);
+                    let of_a_block = THREADS as usize / lanes;
+                    assert!(places.is_power_of_two() && places.is_multiple_of(LOADS));
+                    assert!(lanes.is_power_of_two() && lanes <= THREADS as usize);
+                    assert!(of_a_block * places <= PLACES, "{cut:?}");
+                    let loads = features / if wide { LOAD / size } else { 1 };
+                    assert!(columns * lanes >= loads && (columns - 1) * lanes < loads);
+                    assert!(columns * Cut::chunks(sizes) <= Scratch::counters(sizes));
+                    assert_eq!(cut.blocks(sizes) % columns, 0);
+                    assert!(cut.blocks(sizes) / columns * of_a_block * places >= samples);
+                }
+                let values = samples.next_multiple_of(32) * features;
+                let most = 62 * samples + (5 << 19).max(values / 2) * 102 / 100;
+                assert!(Scratch::bytes(sizes) <= most, "{sizes:?}");
             }
         }
     }

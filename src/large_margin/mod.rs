@@ -180,8 +180,8 @@ impl LargeMarginInnerProduct {
 
     /// Bytes of device memory that a pass uses and that forward leaves to
     /// backward: some 60 a sample and, for sums over classes of many samples, up
-    /// to 2 MiB or an eighth of X, whichever is more. 0 in a build for the CPU
-    /// alone.
+    /// to 2.5 MiB or an eighth of X in float, whichever is more. 0 in a build for
+    /// the CPU alone.
     pub fn device_bytes(&self) -> usize {
         #[cfg(feature = "cuda")]
         if let Some(sizes) = self.sizes {

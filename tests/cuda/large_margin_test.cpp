@@ -324,12 +324,12 @@ void ManyRows() {
   Run(p, "one label of many samples");
 }
 
-// Classes that begin and end beside the borders of chunks, which have 8 places
+// Classes that begin and end beside the borders of chunks, which have 4 places
 // here, and of blocks, which have up to 256; one class of a few chunks, and of
 // many; and rows that several blocks share, by vectors and by single values.
 template <typename Dtype>
 void Runs() {
-  for (const int run : {7, 8, 9, 16, 63, 64, 127, 128, 129, 255, 257}) {
+  for (const int run : {3, 4, 5, 8, 63, 64, 65, 127, 128, 255, 257}) {
     for (const int k : {2, 20}) {
       Problem<Dtype> p(390, k, 390 / run + 1, 4, 1);
       for (int i = 0; i < p.samples; ++i) { p.labels[i] = Dtype(i / run); }
@@ -345,9 +345,10 @@ void Runs() {
   }
 }
 
-// Chunks of 16 and of 32 places.
+// Chunks of 8, of 16 and of 32 places.
 void LongChunks() {
-  const int shapes[][3] = {{9000, 132, 1}, {9000, 132, 9}, {9000, 260, 2}};
+  const int shapes[][3] = {{5000, 132, 9}, {9000, 132, 1}, {9000, 132, 9},
+      {9000, 260, 2}};
   for (const auto& s : shapes) {
     Problem<float> p(s[0], s[1], s[2], 4, 1);
     for (int i = 0; i < s[0]; i += 7) { p.labels[i] = kIgnoreLabel; }

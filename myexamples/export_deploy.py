@@ -256,8 +256,6 @@ def try_opencv(net, model, inputs, ours):
         print("warning: OpenCV %s makes something else of this net: %s"
               % (version, error))
         return
-    if name is None:
-        return
     if difference <= OPENCV_TOLERANCE:
         print("OpenCV %s on the same: largest relative difference %.2g (%s)"
               % (version, difference, name))

@@ -7,12 +7,13 @@ import pickle
 import subprocess
 import sys
 
-# Of an error of OpenCV's.
-_MOST_WORDS = 200
+# Characters of an error of OpenCV's.
+_LONGEST = 200
 
 
 def outputs(net, model, inputs, names):
-    """What OpenCV makes of a net; None where its Python module is missing.
+    """What OpenCV makes of a net; None where its Python module is missing or
+    it can be asked for none of the blobs.
 
     net is a NetParameter and model the bytes of a .caffemodel. inputs is a
     list of dicts of arrays. Returns OpenCV's version, and a list of dicts of
@@ -25,6 +26,8 @@ def outputs(net, model, inputs, names):
         for i, top in enumerate(layer.top):
             makers[top] = layer.name if i == 0 else None
     asked = {name: makers[name] for name in names if makers.get(name)}
+    if not asked:
+        return None
     done = subprocess.run(
         [sys.executable, os.path.abspath(__file__)], stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -56,7 +59,7 @@ def _run(text, model, inputs, asked):
     except (cv2.error, AttributeError) as error:
         # Not where in OpenCV's source.
         words = " ".join(str(error).split()).split(" error: ", 1)[-1]
-        return cv2.__version__, words[:_MOST_WORDS]
+        return cv2.__version__, words[:_LONGEST]
     return cv2.__version__, found
 
 

@@ -198,7 +198,7 @@ pub(super) struct Scratch {
     partial_terms: *mut f64,
     /// Of the chunks that are done with such a class.
     counters: *mut i32,
-    /// Those of the samples with a margin.
+    /// Of the samples whose margin has an effect; others have none.
     classes: *mut i32,
 }
 

@@ -677,13 +677,13 @@ struct ClassAdder {
   __device__ void Add() const {
     ReadPlaces();
     // Before and behind the thread's chunk.
-    const int first = (FirstChunk() + Team()) * cut.places;
+    const int first = (FirstChunk() + Own()) * cut.places;
     const int before = first == 0 ? NO_CLASS
         : ClassOf(KeyAt(keys, num_samples, first - 1));
     const int behind = ClassOf(KeyAt(keys, num_samples, first + cut.places));
     __syncthreads();
     AddChunk(before, behind);
-    const int head = ClassAt(Team(), kBegun), tail = ClassAt(Team(), kBegins);
+    const int head = ClassAt(Own(), kBegun), tail = ClassAt(Own(), kBegins);
     const bool begun = head != NO_CLASS && head == before;
     const bool begins =
         tail != NO_CLASS && tail == behind && !(begun && head == tail);
@@ -694,14 +694,15 @@ struct ClassAdder {
   __device__ Places<Dtype>& At() const { return *SharedPlaces<Dtype>(); }
   // Which of the blocks' columns the block has, and of these the thread's.
   __device__ int Columns() const { return block % cut.columns; }
-  __device__ int Rank() const { return threadIdx.x % cut.lanes; }
-  __device__ int Column() const { return Columns() * cut.lanes + Rank(); }
+  __device__ int Column() const {
+    return Columns() * cut.lanes + Rank(cut.lanes);
+  }
   __device__ bool HasColumn() const { return Column() < num_features / V; }
   __device__ int FirstChunk() const {
     return block / cut.columns * cut.Chunks();
   }
   // The thread's chunk among the block's.
-  __device__ int Team() const { return threadIdx.x / cut.lanes; }
+  __device__ int Own() const { return threadIdx.x / cut.lanes; }
   // The class that a chunk of the block may share with those before or behind.
   __device__ int PlaceOf(int chunk, int slot) const {
     return chunk * cut.places + (slot == kBegun ? 0 : cut.places - 1);
@@ -752,7 +753,7 @@ struct ClassAdder {
   // has alone, to the partials those of others.
   __device__ void AddChunk(int before, int behind) const {
     const Places<Dtype>& at = At();
-    const int begin = Team() * cut.places;
+    const int begin = Own() * cut.places;
     const int last = begin + cut.places - 1;
     const int head = at.classes[begin];
     ClassSum<Dtype, V> sum = {};
@@ -784,10 +785,10 @@ struct ClassAdder {
           Of(dw, y) = sum.AddTo(sums[j], ws[j], at.inverses[i],
               coefficients[at.samples[i]]);
         } else if (!is_whole[j]) {
-          const size_t slot = Slot(FirstChunk() + Team(),
+          const size_t slot = Slot(FirstChunk() + Own(),
               y == head && y == before ? kBegun : kBegins);
           if (HasColumn()) { Of(partials, slot) = sum.of_x; }
-          if (Rank() == 0) { Terms(slot) = sum.terms; }
+          if (Rank(cut.lanes) == 0) { Terms(slot) = sum.terms; }
         }
         sum = ClassSum<Dtype, V>();
       }
@@ -819,11 +820,11 @@ struct ClassAdder {
     return range;
   }
 
-  // The thread's columns of the sums that the chunks of its team's share: each
-  // as many behind the last as the block has teams.
-  __device__ ClassSum<Dtype, V> SumOfTeam(const Range& range) const {
+  // The thread's columns of the sums that some of the chunks have left: each as
+  // many behind the last as the block has chunks.
+  __device__ ClassSum<Dtype, V> SumOfOwn(const Range& range) const {
     ClassSum<Dtype, V> sum = {};
-    for (int from = range.first + Team(); from <= range.last;
+    for (int from = range.first + Own(); from <= range.last;
         from += LOADS * cut.Chunks()) {
       Values of_x[LOADS];
       double terms[LOADS];
@@ -853,9 +854,9 @@ struct ClassAdder {
     __shared__ Values of_x[THREADS];
     __shared__ double terms[THREADS];
     const int slots = cut.Chunks() * kShared;
-    if (Rank() == 0) {
-      is_shared[Team()][kBegun] = begun;
-      is_shared[Team()][kBegins] = begins;
+    if (Rank(cut.lanes) == 0) {
+      is_shared[Own()][kBegun] = begun;
+      is_shared[Own()][kBegins] = begins;
     }
     __syncthreads();
     for (int i = threadIdx.x / WARP; i < slots; i += THREADS / WARP) {
@@ -868,13 +869,13 @@ struct ClassAdder {
     for (int i = 0; i < slots; ++i) {
       const int chunk = i / kShared, slot = i % kShared;
       if (ranges[chunk][slot].last < 0) { continue; }
-      ClassSum<Dtype, V> sum = SumOfTeam(ranges[chunk][slot]);
+      ClassSum<Dtype, V> sum = SumOfOwn(ranges[chunk][slot]);
       of_x[threadIdx.x] = sum.of_x;
       terms[threadIdx.x] = sum.terms;
       __syncthreads();
-      if (Team() == 0 && HasColumn()) {
-        for (int team = 1; team < cut.Chunks(); ++team) {
-          const int thread = team * cut.lanes + threadIdx.x;
+      if (Own() == 0 && HasColumn()) {
+        for (int other = 1; other < cut.Chunks(); ++other) {
+          const int thread = other * cut.lanes + threadIdx.x;
           for (int k = 0; k < V; ++k) { sum.of_x.v[k] += of_x[thread].v[k]; }
           sum.terms += terms[thread];
         }

@@ -310,10 +310,12 @@ void Teams() {
 }
 
 // Warps that read their rows by turns, two or one at once; lanes that read a
-// row by several batches; and keys that are merged twice.
+// row by several batches; keys that are merged twice; and chunks of 8, of 16
+// and of 32 places, with one class and with a few.
 void ManyRows() {
   const int shapes[][3] = {{4100, 132, 2}, {2049, 260, 1}, {1024, 516, 2},
-      {8300, 1, 3}};
+      {8300, 1, 3}, {5000, 132, 9}, {9000, 132, 1}, {9000, 132, 9},
+      {9000, 260, 2}};
   for (const auto& s : shapes) {
     Problem<float> p(s[0], s[1], s[2], 4, 1);
     for (int i = 0; i < s[0]; i += 7) { p.labels[i] = kIgnoreLabel; }
@@ -342,17 +344,6 @@ void Runs() {
       p.labels[i] = Dtype(i < 9 ? 0 : i < 30 ? 1 : 3);
     }
     RunTwice(p, "shared rows");
-  }
-}
-
-// Chunks of 8, of 16 and of 32 places.
-void LongChunks() {
-  const int shapes[][3] = {{5000, 132, 9}, {9000, 132, 1}, {9000, 132, 9},
-      {9000, 260, 2}};
-  for (const auto& s : shapes) {
-    Problem<float> p(s[0], s[1], s[2], 4, 1);
-    for (int i = 0; i < s[0]; i += 7) { p.labels[i] = kIgnoreLabel; }
-    Run(p, "long chunks");
   }
 }
 
@@ -817,7 +808,6 @@ int main(int argc, char** argv) {
     RunAll<double>();
     Runs<float>();
     Runs<double>();
-    LongChunks();
     ManyRows();
     ManySamples();
     BadLabels<float>(9, 516);

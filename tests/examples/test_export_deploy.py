@@ -788,7 +788,13 @@ def test_opencv_that_differs(bench, monkeypatch, capsys, answer, words):
         assert re.search("^warning: " + words, out, re.M), out
 
 
-def test_net_that_opencv_does_not_read(bench, capsys):
+def test_blob_that_opencv_cannot_be_asked_for(bench):
+    bench.write(image(1, 4, 9, 9), layer("Slice", "s", "data", "a b"), *TAIL)
+    net = bench.parsed(bench.net)
+    assert export_deploy.opencv_net.outputs(net, b"", [{}], ["b"]) is None
+
+
+def test_net_that_opencv_does_not_read(bench):
     bench.write(image(1, 4, 9, 9), layer("MVN", "m", "data"),
                 layer("Filter", "f", "m m"), *TAIL)
     answer = export_deploy.opencv_net.outputs(

@@ -314,7 +314,7 @@ METRICS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM, %"}
 
 
-# What gpu_check profiles: what the benchmark times, and BN by columns.
+# What gpu_check profiles: of what the benchmark times, and BN by columns.
 PROFILES = ["margin 128 512 1000", "margin 65536 64 21",
             "margin 512 512 10572", "bn 128 64 28 28", "bn 128 64 112 112",
             "bn_in_place 128 64 112 112", "bn 4096 512 1 1"]

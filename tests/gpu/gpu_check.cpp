@@ -276,14 +276,20 @@ double UsedMemory() {
 #endif
 }
 
+string ClassesOf(int classes) {
+  return "num_output: " + caffe::format_int(classes)
+      + " weight_filler { type: 'xavier' }";
+}
+
+// The layer that is timed and profiled.
+string MarginOf(int classes) {
+  return Format(kMargin, ClassesOf(classes) + " type: QUADRUPLE base: 10");
+}
+
 void TimeMargin(int samples, int features, int classes, int rounds) {
-  const string n = caffe::format_int(classes);
-  const string filler = " weight_filler { type: 'xavier' }";
-  const string margin = Format(kMargin, "num_output: " + n
-      + " type: QUADRUPLE base: 10" + filler);
+  const string margin = MarginOf(classes);
   const string inner_product = "type: 'InnerProduct' phase: TRAIN "
-      "inner_product_param { bias_term: false num_output: " + n + filler
-      + " }";
+      "inner_product_param { bias_term: false " + ClassesOf(classes) + " }";
   const vector<int> shape = Shape(samples, features);
   // The first run takes memory for the device, for cuBLAS and for modules.
   { Rig<float>(inner_product, shape, 0).Run(); }
@@ -420,10 +426,8 @@ void TimeBatchNorm(const vector<int>& shape, bool in_place, int rounds) {
 // after passes that warm up.
 void Profile(const string& layer, const vector<int>& shape) {
   const bool is_margin = layer == "margin";
-  const string text = is_margin ? Format(kMargin, "num_output: "
-      + caffe::format_int(shape[2])
-      + " type: QUADRUPLE base: 10 weight_filler { type: 'xavier' }")
-      : "type: 'BN' phase: TRAIN";
+  const string text =
+      is_margin ? MarginOf(shape[2]) : "type: 'BN' phase: TRAIN";
   Rig<float> rig(text, is_margin ? Shape(shape[0], shape[1]) : shape,
       is_margin ? shape[2] : 0, layer == "bn_in_place");
   for (int i = 0; i < 3; ++i) { rig.Run(); }

@@ -27,6 +27,13 @@ def add_rust_tool(name, component, cargo):
     return works("cargo", name, "--version")
 
 
+def check_rust(stages):
+    """Clippy, without and with the GPU path."""
+    stages.run("cmake/find_cargo.sh", "clippy", "--locked", "--all-targets",
+               "--", "-D", "warnings")
+    stages.clippy("-D", "warnings")
+
+
 def check_scripts(stages):
     """Shellcheck, on all scripts that are not built or fetched."""
     scripts = [ROOT / ".ci/run"]
@@ -60,8 +67,7 @@ def main():
     else:
         stages.skip("cargo fmt", "rustfmt cannot be had")
     if add_rust_tool("clippy", "clippy", args.cargo):
-        stages.stage("cargo clippy", None, "cmake/find_cargo.sh", "clippy",
-                     "--locked", "--all-targets", "--", "-D", "warnings")
+        stages.stage("cargo clippy", None, check_rust, stages)
     else:
         stages.skip("cargo clippy", "clippy cannot be had")
     stages.stage("cargo test", CARGO, "cmake/find_cargo.sh", "test",

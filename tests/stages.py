@@ -20,6 +20,13 @@ GTEST = re.compile(r"^\[  (PASSED|FAILED)  \] [0-9]+ tests?[.,]")
 PYTEST = re.compile(
     r"^=+ .*[0-9]+ (passed|failed|errors?|skipped).* in [0-9.]+s")
 
+# CUDA's compiler, for checks of the Rust: the crate embeds the kernels, and for
+# these they may be empty.
+NO_COMPILER = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+: >"$2"
+"""
+
 Row = collections.namedtuple("Row", "result seconds name words")
 
 
@@ -120,6 +127,16 @@ class Stages:
             self._write(part)
         if process.wait():
             raise Failed(process.returncode)
+
+    def clippy(self, *lints, **variables):
+        """Clippy, with the GPU path; variables are those of its environment."""
+        compiler = self.folder / "no-compiler"
+        compiler.write_text(NO_COMPILER)
+        compiler.chmod(0o755)
+        self.run("cmake/find_cargo.sh", "clippy", "--locked", "--all-targets",
+                 "--features", "cuda", "--", *lints,
+                 env=dict(os.environ, LSOFTMAX_NVCC=str(compiler),
+                          **variables))
 
     def stage(self, name, closing, *command, **options):
         """Runs a command, or calls a function, as a stage.

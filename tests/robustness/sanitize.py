@@ -45,13 +45,6 @@ from stages import (CARGO, GTEST, ROOT, CannotRun, Failed,  # noqa: E402
 WORK = ROOT / "build/robustness"
 CAFFE_ROOT = Path(os.environ.get("CAFFE_ROOT") or ROOT / "build/caffe")
 
-# The compiler of the kernels, for the stage `unsafe`: the crate embeds them,
-# and for its Rust they may be empty.
-NO_COMPILER = """#!/bin/sh
-while [ "$1" != -o ]; do shift; done
-: >"$2"
-"""
-
 # Caffe's solver asks for the name of a snapshot, to try whether it may write
 # one, before it has set the number of the iteration that is a part of it.
 SUPPRESSIONS = "".join("""{
@@ -99,14 +92,9 @@ def sanitized(stages, name, flags, *options):
 def run_unsafe(stages):
     if not works("cargo", "clippy", "--version"):
         raise CannotRun("cargo clippy is missing")
-    compiler = WORK / "no-compiler"
-    compiler.write_text(NO_COMPILER)
-    compiler.chmod(0o755)
-    stages.run("cargo", "clippy", "--locked", "--all-targets", "--features",
-               "cuda", "--", "-D", "clippy::undocumented_unsafe_blocks", "-D",
-               "clippy::missing_safety_doc", "-D", "unsafe_op_in_unsafe_fn",
-               env=environment(CARGO_TARGET_DIR=WORK / "unsafe",
-                               LSOFTMAX_NVCC=compiler))
+    stages.clippy("-D", "clippy::undocumented_unsafe_blocks", "-D",
+                  "clippy::missing_safety_doc", "-D", "unsafe_op_in_unsafe_fn",
+                  CARGO_TARGET_DIR=str(WORK / "unsafe"))
     stages.print("%d unsafe blocks and impls in src, each with its SAFETY "
                  "fact" % sum(
                      len(re.findall(r"\bunsafe (?:\{|impl\b)",

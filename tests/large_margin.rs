@@ -412,6 +412,7 @@ fn a_bad_label_names_sample_and_value_and_touches_no_logit() {
             (3.0, "3"),
             (-1.0, "-1"),
             (0.5, "0.5"),
+            (f64::from(0.1_f32), "0.1"),
             (1e30, "1000000000000000000000000000000"),
             (f64::NAN, "NaN"),
             (f64::INFINITY, "inf"),

@@ -118,7 +118,8 @@ struct DeviceMemory {
 };
 #endif  // CPU_ONLY
 
-// Whether a layer above, or a loss_weight, has ever written the gradient.
+// Whether anybody has ever asked for the gradient, as a layer above or a
+// loss_weight does that writes one.
 template <typename Dtype>
 bool HasDiff(const caffe::Blob<Dtype>* blob) {
   return blob->count() > 0

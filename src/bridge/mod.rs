@@ -1,8 +1,8 @@
 //! The border to C++: error translation and views of blobs, no math.
 //!
-//! The C++ layers call the functions of [`ffi`]. Every error, and every panic,
-//! arrives in C++ as a `rust::Error` whose message does not name the layer: the
-//! caller adds that.
+//! The C++ layers call the functions of [`ffi`]. An error, and a panic of what
+//! can fail, arrives in C++ as a `rust::Error` whose message does not name the
+//! layer: the caller adds that.
 
 mod blas;
 mod ffi;

@@ -253,8 +253,19 @@ impl LargeMarginInnerProduct {
             None => String::new(),
         };
         Error::new(format!(
-            "sample {sample}: label {value} is not an integer in [0, {}){ignored}",
+            "sample {sample}: label {} is not an integer in [0, {}){ignored}",
+            shortest(value),
             self.classes
         ))
+    }
+}
+
+/// `value` with no more digits than tell it from other floats, if it is one.
+fn shortest(value: f64) -> String {
+    let float = value as f32;
+    if f64::from(float) == value {
+        float.to_string()
+    } else {
+        value.to_string()
     }
 }

@@ -13,6 +13,7 @@
 #include "caffe/sgd_solvers.hpp"
 #include "caffe/util/format.hpp"
 #include "caffe/util/io.hpp"
+#include "caffe/util/resume_large_margin.hpp"
 
 #include "caffe/test/test_caffe_main.hpp"
 
@@ -327,6 +328,22 @@ TYPED_TEST(LargeMarginInnerProductLayerDataParallelTest, TestRestoreBinary) {
 
 TYPED_TEST(LargeMarginInnerProductLayerDataParallelTest, TestRestoreHDF5) {
   this->TestRestore(SolverParameter_SnapshotFormat_HDF5, ".h5");
+}
+
+// rc3 restores the root's solver alone, and makes the others behind it.
+TYPED_TEST(LargeMarginInnerProductLayerDataParallelTest,
+    TestWorkersGoOnWithTheRoot) {
+  typedef typename TypeParam::Dtype Dtype;
+  SGDSolver<Dtype> root(this->job_.param), worker(this->job_.param);
+  root.Step(5);
+  ResumeLargeMargin<Dtype>(&worker, &root);
+  Solver<Dtype>* const solvers[] = {&root, &worker};
+  for (int i = 0; i < 2; ++i) {
+    solvers[i]->Step(1);
+    EXPECT_NEAR(LambdaAfter(5),
+        solvers[i]->net()->blob_by_name("lambda")->cpu_data()[0],
+        1e-5 * LambdaAfter(5)) << "solver " << i;
+  }
 }
 
 }  // namespace caffe

@@ -785,7 +785,12 @@ TYPED_TEST(LargeMarginInnerProductLayerTest, TestToProto) {
   param->set_gamma(0.25);
   param->set_iteration(17);
   shared_ptr<Layer<Dtype> > layer = this->SetUpLayer();
-  LayerParameter before, after;
+  LayerParameter alone, before, after;
+  // Of a net that nobody trains, the passes are no training's.
+  layer->ToProto(&alone);
+  EXPECT_FALSE(alone.largemargin_inner_product_param().has_passes());
+  dynamic_cast<LargeMarginInnerProductLayer<Dtype>*>(layer.get())
+      ->JoinSolver(false);
   layer->ToProto(&before);
   EXPECT_EQ(17, before.largemargin_inner_product_param().passes());
   for (int forward = 0; forward < 6; ++forward) {

@@ -87,17 +87,63 @@ def test_third_top_is_what_a_deployed_net_says(spec):
     assert (ip2[target] < plain[target]).all()
 
 
-def test_the_passes_are_in_a_saved_net(spec):
+def saved_param(net, folder):
+    """The margin layer's parameter in a model that the net saves."""
     from caffe.proto import caffe_pb2
+    net.save("saved.caffemodel")
+    saved = caffe_pb2.NetParameter()
+    saved.ParseFromString((folder / "saved.caffemodel").read_bytes())
+    layer, = [layer for layer in saved.layer if layer.name == "ip2"]
+    return layer.largemargin_inner_product_param
+
+
+def test_the_passes_are_in_a_solvers_net(spec):
+    solver = caffe.SGDSolver(str(write_solver(
+        spec, net="net.prototxt", display=0)))
+    solver.step(5)
+    param = saved_param(solver.net, spec)
+    assert (param.passes, param.HasField("iteration")) == (5, False)
+
+
+def test_no_passes_are_in_other_nets(spec):
+    """They would be those since the net was made, whatever it has read."""
     net = caffe.Net("net.prototxt", caffe.TRAIN)
     for _ in range(5):
         net.forward()
-    net.save("saved.caffemodel")
-    saved = caffe_pb2.NetParameter()
-    saved.ParseFromString((spec / "saved.caffemodel").read_bytes())
-    layer = [l for l in saved.layer if l.name == "ip2"][0]
-    param = layer.largemargin_inner_product_param
-    assert (param.passes, param.HasField("iteration")) == (5, False)
+    assert not saved_param(net, spec).HasField("passes")
+
+
+def gradients(folder, touched):
+    """Those by the weights, in a solver's net; touched: with a value in the
+    gradient of the plain logits."""
+    solver = caffe.SGDSolver(str(write_solver(
+        folder, net="net.prototxt", display=0)))
+    net = solver.net
+    net.forward()
+    if touched:
+        net.blobs["plain"].diff[...] = 2.3
+    net.backward()
+    return {name: [blob.diff.copy() for blob in blobs]
+            for name, blobs in net.params.items()}
+
+
+def test_what_no_loss_wrote_is_no_gradient(spec):
+    """On the GPU Accuracy clears its bottom's gradient, and the loss of an old
+    Caffe leaves other numbers there, with loss_weight 0 as well."""
+    untouched, touched = gradients(spec, False), gradients(spec, True)
+    for name, blobs in untouched.items():
+        for one, other in zip(blobs, touched[name]):
+            assert one.tobytes() == other.tobytes(), name
+
+
+def test_a_loss_on_the_plain_logits_is_one_in_a_solver(spec):
+    text = (spec / "net.prototxt").read_text()
+    without = gradients(spec, False)
+    (spec / "net.prototxt").write_text(text.replace(
+        "Accuracy", "SoftmaxWithLoss"))
+    assert "Accuracy" in text
+    with_loss = gradients(spec, False)
+    assert not np.allclose(without["ip2"][0], with_loss["ip2"][0])
 
 
 def test_reshape_between_passes(data):
@@ -118,6 +164,31 @@ layer { name: "data" type: "Input" top: "data" top: "label"
         whole = logits if whole is None else whole
         np.testing.assert_allclose(logits, whole[:batch], rtol=1e-5,
                                    atol=1e-6)
+
+
+def test_bn_in_place_in_a_test_net(spec):
+    """The gradient by its input is there, those by its parameters are
+    nobody's: for them, it would keep its normalized input."""
+    text = "force_backward: true\n" + (spec / "net.prototxt").read_text()
+    (spec / "net.prototxt").write_text(text)
+    solver = caffe.SGDSolver(str(write_solver(
+        spec, net="net.prototxt", display=0, test_iter=1, test_interval=100)))
+    plain = caffe.Net("net.prototxt", caffe.TEST)
+    tested = solver.test_nets[0]
+    for name, blobs in tested.params.items():
+        for own, other in zip(plain.params[name], blobs):
+            own.data[...] = other.data
+    plain.params["bn1"][3].data[...] = tested.params["bn1"][3].data[...] = 2
+    for net in (plain, tested):
+        net.forward()
+        net.blobs["ip2"].diff[...] = 0
+        net.blobs["ip2"].diff[:, 0] = 1
+        # Accuracy has no backward pass.
+        net.backward(start="ip2")
+    assert tested.blobs["data"].diff.any()
+    assert np.array_equal(tested.blobs["data"].diff, plain.blobs["data"].diff)
+    assert plain.params["bn1"][0].diff.any()
+    assert not tested.params["bn1"][0].diff.any()
 
 
 def test_bn_test_phase_after_training(spec):

@@ -227,6 +227,18 @@ def test_restore_of_pycaffe(whole, kind, monkeypatch):
     assert passes_in(folder, "py", form, HALF + 1) == (iteration, count)
 
 
+def test_a_model_that_pycaffe_saved_again(data):
+    """Surgery between snapshot and resume does not count."""
+    import caffe
+    net(data)
+    solve(data, "whole", iter_size=2)
+    model = str(data / ("whole_iter_%d.caffemodel" % HALF))
+    edited = caffe.Net("net.prototxt", model, caffe.TRAIN)
+    edited.forward()
+    edited.save(model)
+    check_from(resume(data, "BINARYPROTO", iter_size=2), 2 * HALF, 2)
+
+
 @pytest.mark.parametrize("form", SUFFIX)
 def test_weights_start_lambda_afresh(data, form):
     net(data, 7)
@@ -333,6 +345,18 @@ def test_test_nets_go_on(data, form, iter_size, iteration, interval,
             resumed_log, where=" of test net #%d" % number)
         assert count == iteration + tests * passes
         assert source == "of the tests so far"
+
+
+def test_test_layers_without_labels_have_no_lambda(data):
+    both = (data_layer() + IP1 + margin_layer(
+        "type: QUADRUPLE " + SCHEDULE_TEXT,
+        extra="include { phase: TRAIN }") + margin_layer(
+            bottoms=("ip1",), tops=("ip2",), extra="include { phase: TEST }")
+            + LOSS)
+    write_net(data, both)
+    solve(data, "whole", **TEST_SOLVER)
+    log = resume(data, "BINARYPROTO", **TEST_SOLVER)
+    assert said(log) and "of test net" not in log
 
 
 @pytest.mark.parametrize("form", SUFFIX)

@@ -53,7 +53,7 @@ def test_apply_again_and_revert(apply, project, tmp_path, layer_files, version):
     solver = read(tree, "src/caffe/solver.cpp")
     assert ("(state_filename);\n  }\n"
             "  ResumeLargeMargin(this, state_filename);\n}\n") in solver
-    assert "  WarnOfUnsharedWeights(this);\n  iter_ = 0;\n" in solver
+    assert "  PrepareLayers(this);\n  iter_ = 0;\n" in solver
     sgd_solver = read(tree, "src/caffe/solvers/sgd_solver.cpp")
     assert "  SaveLargeMargin(*this->net_, file_hid);\n" in sgd_solver
     tool = read(tree, "tools/caffe.cpp")
@@ -466,6 +466,26 @@ def test_compat(apply, tree):
     assert "thrust" not in read(tree,
                                 "src/caffe/layers/cudnn_softmax_layer.cpp")
     assert "cudnn_version.h" in read(tree, "cmake/Cuda.cmake")
+
+
+def test_compat_workers_that_restore_nothing(apply, tree):
+    """rc3's lambda, on all GPUs but the first."""
+    path = tree / "src/caffe/parallel.cpp"
+    path.write_text("""#include "caffe/parallel.hpp"
+
+    Caffe::set_root_solver(false);
+    solver_.reset(new WorkerSolver<Dtype>(param, root_solver.get()));
+    Caffe::set_root_solver(true);
+""")
+    before = snapshot(tree)
+    apply(tree)
+    text = path.read_text()
+    assert '#include "caffe/util/resume_large_margin.hpp"\n' in text
+    assert ("root_solver.get()));\n"
+            "    ResumeLargeMargin(solver_.get(), root_solver.get());\n"
+            "    Caffe::set_root_solver(true);\n") in text
+    apply("--revert", tree)
+    assert snapshot(tree) == before
 
 
 def test_compat_getters_of_cudnn(apply, tree, tmp_path):

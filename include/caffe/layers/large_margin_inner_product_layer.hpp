@@ -84,10 +84,17 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
     return bottom_index != 1;
   }
 
-  /// @brief Writes the layer with the passes behind it, for Resume. What its
-  ///        user wrote in iteration stays.
+  /// @brief Writes the layer, that of a solver's training net with the passes
+  ///        behind it, for Resume. What its user wrote in iteration stays.
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
+  /**
+   * @brief Says that the layer is in the training net of a solver, whose
+   *        backward passes bring a gradient by the third top, or do not.
+   *
+   * A layer of other nets takes one that is not empty for a gradient.
+   */
+  void JoinSolver(bool has_plain_diff);
   /**
    * @brief Continues the descent of lambda after `passes` forward passes in
    *        all; after those of the layer's parameter where they are more.
@@ -95,6 +102,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   void Resume(int64_t passes);
   /// @brief The forward passes behind the layer, all that ever were.
   int64_t passes() const;
+  /// @brief Whether the layer has labels, and so a margin.
+  bool has_labels() const;
   /// @brief lambda of the last forward pass; before the first, of the next.
   double lambda() const;
 

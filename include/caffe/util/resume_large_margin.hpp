@@ -9,10 +9,11 @@
 
 namespace caffe {
 
-/// @brief Called when a solver has its nets: warns where a test net has another
+/// @brief Called when a solver has its nets: tells the layers of this project
+///        what they cannot see of them, and warns where a test net has another
 ///        layer of the training net's weights, which it never gets.
 template <typename Dtype>
-void WarnOfUnsharedWeights(Solver<Dtype>* solver);
+void PrepareLayers(Solver<Dtype>* solver);
 
 /**
  * @brief Called at the end of Solver::Restore: the layers of this project in
@@ -23,7 +24,14 @@ void WarnOfUnsharedWeights(Solver<Dtype>* solver);
 template <typename Dtype>
 void ResumeLargeMargin(Solver<Dtype>* solver, const string& state_file);
 
-/// @brief Called by `caffe test`: goes on after the passes of the model.
+/// @brief Called where an old Caffe (rc3) makes the solver of a further GPU,
+///        which restores nothing: its layers go on where those of the root
+///        solver do.
+template <typename Dtype>
+void ResumeLargeMargin(Solver<Dtype>* worker, Solver<Dtype>* root);
+
+/// @brief Called by `caffe test`: goes on after the passes of the model, and
+///        has BN keep nothing for a backward pass.
 template <typename Dtype>
 void ResumeLargeMargin(Net<Dtype>* net, const string& model_file);
 

@@ -39,10 +39,11 @@ template <typename Dtype>
 struct LargeMarginInnerProductLayer<Dtype>::State {
   explicit State(const string& param)
       : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
-            reinterpret_cast<const uint8_t*>(param.data()), param.size()))) {}
+            reinterpret_cast<const uint8_t*>(param.data()), param.size()))),
+        has_labels(false), in_solver(false), has_plain_diff(false) {}
 
   lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
-    const bool has_labels = bottom.size() > 1;
+    has_labels = bottom.size() > 1;
     const vector<int>& features = bottom[0]->shape();
     const vector<int>& labels = bottom[has_labels ? 1 : 0]->shape();
     const lsoftmax::MarginSizes sizes = lsoftmax::reshape(*rust,
@@ -53,6 +54,10 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
   }
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
+  bool has_labels;
+  // Whether the layer is in a solver's training net, and what that says of the
+  // third top.
+  bool in_solver, has_plain_diff;
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
 };
@@ -226,7 +231,8 @@ void LargeMarginInnerProductLayer<Dtype>::BackwardIn(
   pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
   pass.logits_diff = Memory::MutableDiff(top[0]);
-  if (top.size() > 2 && HasDiff(top[2])) {
+  if (top.size() > 2 && (state_->in_solver ? state_->has_plain_diff
+      : HasDiff(top[2]))) {
     pass.plain_diff = Memory::Diff(top[2]);
   }
   pass.features = Memory::Data(bottom[0]);
@@ -279,8 +285,17 @@ template <typename Dtype>
 void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
     bool write_diff) {
   Layer<Dtype>::ToProto(param, write_diff);
-  param->mutable_largemargin_inner_product_param()->set_passes(
-      state_->rust->passes());
+  // Other nets, of pycaffe for example, know nothing of the training's passes
+  // behind a model that they have read.
+  if (state_->in_solver) {
+    param->mutable_largemargin_inner_product_param()->set_passes(passes());
+  }
+}
+
+template <typename Dtype>
+void LargeMarginInnerProductLayer<Dtype>::JoinSolver(bool has_plain_diff) {
+  state_->in_solver = true;
+  state_->has_plain_diff = has_plain_diff;
 }
 
 template <typename Dtype>
@@ -291,6 +306,11 @@ void LargeMarginInnerProductLayer<Dtype>::Resume(int64_t passes) {
 template <typename Dtype>
 int64_t LargeMarginInnerProductLayer<Dtype>::passes() const {
   return state_->rust->passes();
+}
+
+template <typename Dtype>
+bool LargeMarginInnerProductLayer<Dtype>::has_labels() const {
+  return state_->has_labels;
 }
 
 template <typename Dtype>

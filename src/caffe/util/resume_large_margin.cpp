@@ -206,7 +206,37 @@ string WeightName(const Layer<Dtype>& layer) {
       ? layer.layer_param().param(0).name() : "";
 }
 
-}  // namespace
+// Whether the net's backward passes bring the layer a gradient by its third
+// top. Some layers write one to which nothing leads: on the GPU Accuracy and,
+// before BVLC Caffe's #6202, a loss with loss_weight 0.
+template <typename Dtype>
+bool HasPlainDiff(const Net<Dtype>& net, int layer) {
+  const vector<int>& tops = net.top_ids(layer);
+  if (tops.size() < 3) { return false; }
+  if (net.layers()[layer]->loss(2) != 0) { return true; }
+  for (int i = 0; i < net.layers().size(); ++i) {
+    const vector<int>& bottoms = net.bottom_ids(i);
+    for (int j = 0; j < bottoms.size(); ++j) {
+      if (bottoms[j] == tops[2] && net.bottom_need_backward()[i][j]) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Nobody uses the gradients by the parameters of a test net; for those of
+// slope and bias, BN would keep x-hat in each pass in place.
+template <typename Dtype>
+void KeepNothingForBackward(const Net<Dtype>& test_net) {
+  for (int i = 0; i < test_net.layers().size(); ++i) {
+    Layer<Dtype>* const layer = test_net.layers()[i].get();
+    if (string(layer->type()) != "BN") { continue; }
+    for (int j = 0; j < layer->blobs().size(); ++j) {
+      layer->set_param_propagate_down(j, false);
+    }
+  }
+}
 
 template <typename Dtype>
 void WarnOfUnsharedWeights(Solver<Dtype>* solver) {
@@ -231,6 +261,23 @@ void WarnOfUnsharedWeights(Solver<Dtype>* solver) {
       }
     }
   }
+}
+
+}  // namespace
+
+template <typename Dtype>
+void PrepareLayers(Solver<Dtype>* solver) {
+  const Net<Dtype>& net = *solver->net();
+  for (int i = 0; i < net.layers().size(); ++i) {
+    LargeMarginInnerProductLayer<Dtype>* const layer =
+        dynamic_cast<LargeMarginInnerProductLayer<Dtype>*>(
+            net.layers()[i].get());
+    if (layer) { layer->JoinSolver(HasPlainDiff(net, i)); }
+  }
+  for (int i = 0; i < solver->test_nets().size(); ++i) {
+    KeepNothingForBackward(*solver->test_nets()[i]);
+  }
+  WarnOfUnsharedWeights(solver);
 }
 
 template <typename Dtype>
@@ -265,6 +312,8 @@ void ResumeLargeMargin(Solver<Dtype>* solver, const string& state_file) {
         * param.test_iter(i);
     for (int j = 0; j < test_layers[i].size(); ++j) {
       LargeMarginInnerProductLayer<Dtype>* const layer = test_layers[i][j];
+      // Without labels there is no margin, and no lambda to speak of.
+      if (!layer->has_labels()) { continue; }
       const string& name = layer->layer_param().name();
       // An iteration that a user set since then is not where it started.
       const SavedLayer saved = snapshot->Find(name);
@@ -282,7 +331,20 @@ void ResumeLargeMargin(Solver<Dtype>* solver, const string& state_file) {
 }
 
 template <typename Dtype>
+void ResumeLargeMargin(Solver<Dtype>* worker, Solver<Dtype>* root) {
+  const vector<LargeMarginInnerProductLayer<Dtype>*> layers =
+      MarginLayers(*worker->net());
+  const vector<LargeMarginInnerProductLayer<Dtype>*> roots =
+      MarginLayers(*root->net());
+  CHECK_EQ(layers.size(), roots.size()) << "margin layers of two solvers";
+  for (int i = 0; i < layers.size(); ++i) {
+    layers[i]->Resume(roots[i]->passes());
+  }
+}
+
+template <typename Dtype>
 void ResumeLargeMargin(Net<Dtype>* net, const string& model_file) {
+  KeepNothingForBackward(*net);
   const vector<LargeMarginInnerProductLayer<Dtype>*> layers =
       MarginLayers(*net);
   if (layers.empty()) { return; }
@@ -324,12 +386,16 @@ template void SaveLargeMargin<double>(const Net<double>& net,
     hid_t state_file);
 #endif  // H5_VERS_MAJOR
 
-template void WarnOfUnsharedWeights<float>(Solver<float>* solver);
-template void WarnOfUnsharedWeights<double>(Solver<double>* solver);
+template void PrepareLayers<float>(Solver<float>* solver);
+template void PrepareLayers<double>(Solver<double>* solver);
 template void ResumeLargeMargin<float>(Solver<float>* solver,
     const string& state_file);
 template void ResumeLargeMargin<double>(Solver<double>* solver,
     const string& state_file);
+template void ResumeLargeMargin<float>(Solver<float>* worker,
+    Solver<float>* root);
+template void ResumeLargeMargin<double>(Solver<double>* worker,
+    Solver<double>* root);
 template void ResumeLargeMargin<float>(Net<float>* net,
     const string& model_file);
 template void ResumeLargeMargin<double>(Net<double>* net,

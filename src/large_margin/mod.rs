@@ -260,10 +260,10 @@ impl LargeMarginInnerProduct {
     }
 }
 
-/// `value` with no more digits than tell it from other floats, if it is one.
+/// `value`, with no more decimals than tell it from other floats if it is one.
 fn shortest(value: f64) -> String {
     let float = value as f32;
-    if f64::from(float) == value {
+    if f64::from(float) == value && value.fract() != 0.0 {
         float.to_string()
     } else {
         value.to_string()

@@ -150,6 +150,33 @@ def test_a_test_layer_of_another_name_is_never_trained(data):
     assert "never gets" not in train(data, net % test, **options)
 
 
+def test_a_test_layer_of_another_name_warns(data):
+    """Also where the layers have no param name that would show what is meant:
+    the shape of the weights does."""
+    train_layer = margin_layer("type: QUADRUPLE",
+                               extra="include { phase: TRAIN }")
+    for test_layer in (
+            margin_layer(bottoms=("ip1",), tops=("ip2",),
+                         extra="include { phase: TEST }"),
+            inner_product("include { phase: TEST }")):
+        for name, warned in (("ip2", 0), ("other", 1)):
+            named = test_layer.replace('name: "ip2"', 'name: "%s"' % name)
+            log = train(data, data_layer() + IP1 + train_layer + named + LOSS,
+                        max_iter=2, test_iter=1, test_interval=1)
+            said = warnings(log, "other")
+            assert len(said) == warned
+            assert all("Call it 'ip2'" in words for words in said)
+
+
+def test_a_margin_without_labels_warns(data):
+    for param, warned in (("type: QUADRUPLE", 1), ("type: SINGLE", 0)):
+        said = warnings(train(data, data_layer() + IP1 + margin_layer(
+            param, bottoms=("ip1",)) + LOSS, max_iter=2), "ip2")
+        assert len(said) == warned
+        assert all("TRAIN phase has no labels" in words
+                   and "without the margin of 4" in words for words in said)
+
+
 def warnings(log, name):
     return re.findall(r"^W\S+ .*\] (\S+ layer '%s'.*)$" % name, log, re.M)
 

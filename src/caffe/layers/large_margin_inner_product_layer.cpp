@@ -108,7 +108,7 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   }
   CheckSize(*this, "weights", weight_shape[0], "classes", weight_shape[1],
       "features");
-  WarnOfMarginInTest(bottom.size() > 1, top.size() > 2);
+  WarnOfPhase(bottom.size() > 1, top.size() > 2);
   if (this->blobs_.size() > 0) {
     LOG(INFO) << "Skipping parameter initialization";
     const Blob<Dtype>& weight = *this->blobs_[0];
@@ -132,16 +132,20 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::WarnOfMarginInTest(bool labels,
+void LargeMarginInnerProductLayer<Dtype>::WarnOfPhase(bool labels,
     bool plain_logits) const {
-  const bool judged = this->phase_ == TEST && labels && !plain_logits;
-  LOG_IF(WARNING, judged && state_->rust->margin() > 1
-      && Caffe::root_solver()) << type() << " layer '"
-      << this->layer_param_.name() << "' of the TEST phase has a margin: "
-      << "Accuracy by its first top counts as wrong what a deployed net gets "
-      << "right. Give it a third top, the logits without margin, for "
-      << "Accuracy, or include it in the TRAIN phase only, beside one of the "
-      << "same name with type: SINGLE in the TEST phase";
+  const int margin = state_->rust->margin();
+  if (margin == 1 || !Caffe::root_solver()) { return; }
+  const string layer =
+      string(type()) + " layer '" + this->layer_param_.name() + "' of the ";
+  LOG_IF(WARNING, this->phase_ == TRAIN && !labels) << layer << "TRAIN phase "
+      << "has no labels, so it trains as InnerProduct does, without the margin "
+      << "of " << margin << ". Give it the labels as a second bottom";
+  LOG_IF(WARNING, this->phase_ == TEST && labels && !plain_logits) << layer
+      << "TEST phase has a margin: Accuracy by its first top counts as wrong "
+      << "what a deployed net gets right. Give it a third top, the logits "
+      << "without margin, for Accuracy, or include it in the TRAIN phase only, "
+      << "beside one of the same name with type: SINGLE in the TEST phase";
 }
 
 template <typename Dtype>

@@ -238,6 +238,17 @@ void KeepNothingForBackward(const Net<Dtype>& test_net) {
   }
 }
 
+// Whether a layer of a test net looks like one that is to have the weights of a
+// margin layer of the training net: by their name or by their shape.
+template <typename Dtype>
+bool IsMeantFor(Layer<Dtype>* test_layer, Layer<Dtype>* layer) {
+  const string weights = WeightName(*test_layer);
+  return (weights.size() && WeightName(*layer) == weights)
+      || (test_layer->blobs().size() > 0
+          && test_layer->blobs()[0]->shape() == layer->blobs()[0]->shape());
+}
+
+// Between two nets Caffe shares the weights by the layers' names alone.
 template <typename Dtype>
 void WarnOfUnsharedWeights(Solver<Dtype>* solver) {
   const Net<Dtype>& net = *solver->net();
@@ -246,18 +257,20 @@ void WarnOfUnsharedWeights(Solver<Dtype>* solver) {
   for (int i = 0; i < solver->test_nets().size(); ++i) {
     const Net<Dtype>& test_net = *solver->test_nets()[i];
     for (int j = 0; j < test_net.layers().size(); ++j) {
-      const Layer<Dtype>& layer = *test_net.layers()[j];
-      const string& name = layer.layer_param().name();
+      Layer<Dtype>* const layer = test_net.layers()[j].get();
+      const string& name = layer->layer_param().name();
       if (net.has_layer(name)) { continue; }
-      const string weights = WeightName(layer);
-      for (int k = 0; weights.size() && k < layers.size(); ++k) {
-        LOG_IF(WARNING, WeightName(*layers[k]) == weights
-            && Caffe::root_solver()) << layer.type() << " layer '" << name
-            << "' of test net #" << i << " never gets the weights that are "
-            << "trained: between two nets Caffe shares them by the layer's "
-            << "name, and the param name '" << weights << "' counts within "
-            << "one net only. Call it '" << layers[k]->layer_param().name()
-            << "', like the layer of the training net";
+      for (int k = 0; k < layers.size(); ++k) {
+        const string& meant = layers[k]->layer_param().name();
+        if (test_net.has_layer(meant) || !IsMeantFor<Dtype>(layer, layers[k])) {
+          continue;
+        }
+        LOG_IF(WARNING, Caffe::root_solver()) << layer->type() << " layer '"
+            << name << "' of test net #" << i << " never gets the weights that "
+            << "are trained: between two nets Caffe shares them by the layer's "
+            << "name, and a name in param counts within one net only. Call it '"
+            << meant << "', like the layer of the training net";
+        break;
       }
     }
   }
@@ -336,8 +349,8 @@ void ResumeLargeMargin(Solver<Dtype>* worker, Solver<Dtype>* root) {
       MarginLayers(*worker->net());
   const vector<LargeMarginInnerProductLayer<Dtype>*> roots =
       MarginLayers(*root->net());
-  CHECK_EQ(layers.size(), roots.size()) << "margin layers of two solvers";
-  for (int i = 0; i < layers.size(); ++i) {
+  // Both are made of one net.
+  for (int i = 0; i < layers.size() && i < roots.size(); ++i) {
     layers[i]->Resume(roots[i]->passes());
   }
 }

@@ -280,7 +280,7 @@ must_apply() {  # NAME
 
 own_bn=
 apply_all() {
-  local path found number chosen patch
+  local path found number chosen patch file source
   found=$(registers LargeMarginInnerProduct | sed -n 1p)
   if [[ $found && ! $odd =~ \ (CMakeLists.txt|Makefile) ]]; then
     die "$found registers LargeMarginInnerProduct itself" \
@@ -327,29 +327,33 @@ accounts for:$odd."
     fits new "$patch" || true
   done
 
+  # Whatever lies at a path of Caffe's, and the layers' tests.
+  local -A own=()
+  while read -r file; do
+    path=${file/#tests\/caffe/src\/caffe\/test}
+    if [[ $own_bn && $path == */*bn_layer.?pp ]]; then continue; fi
+    if [[ -e $path && -z ${added[$path]+x} ]]; then
+      die "half patched: $path is there, but $manifest does not know it" \
+          "Delete $path and run this again."
+    fi
+    source=${file/#include/src}
+    source=${source/%.hpp/.cpp}
+    [[ -e $project/$source ]] ||
+      die "$project/$source is missing; this copy of the project is incomplete"
+    own[$path]=$project/$file
+  done < <(cd -- "$project" &&
+           find include/caffe src/caffe tests/caffe -name '*.?pp')
+
   (
     echo "# What caffe_patch/apply.sh of the large-margin softmax project put"
     echo "# into this tree. apply.sh --revert takes it back by this file."
     if [[ $bn_field ]]; then echo "# field bn_param $bn_field"; fi
     echo "# field largemargin_inner_product_param $large_margin_field"
-    # Whatever lies at a path of Caffe's, and the layers' tests.
-    while read -r file; do
-      path=${file/#tests\/caffe/src\/caffe\/test}
-      if [[ $own_bn && $path == */*bn_layer.?pp ]]; then continue; fi
-      if [[ -e $path && -z ${added[$path]+x} ]]; then
-        die "half patched: $path is there, but $manifest does not know it" \
-            "Delete $path and run this again."
-      fi
-      source=${file/#include/src}
-      source=${source/%.hpp/.cpp}
-      [[ -e $project/$source ]] ||
-        die "$project/$source is missing; this copy of the project is" \
-            "incomplete"
+    while read -r path; do
       mkdir -p -- "$stage/own/${path%/*}"
-      cp -- "$project/$file" "$stage/own/$path"
-      echo "# added $(sha "$project/$file") $path"
-    done < <(cd -- "$project" &&
-             find include/caffe src/caffe tests/caffe -name '*.?pp' | sort)
+      cp -- "${own[$path]}" "$stage/own/$path"
+      echo "# added $(sha "${own[$path]}") $path"
+    done < <(printf '%s\n' "${!own[@]}" | sort)
     cd -- "$stage"
     { diff -r -U 1 native new || (( $? == 1 )); } | sed -E '/^diff -r /d
       s,^(---|\+\+\+) (native|new)/([^\t]*)\t.*,\1 \2/\3,

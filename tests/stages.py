@@ -120,13 +120,19 @@ class Stages:
         process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, **{"cwd": ROOT, **options})
-        while True:
-            part = os.read(process.stdout.fileno(), 65536)
-            if not part:
-                break
-            self._write(part)
-        if process.wait():
-            raise Failed(process.returncode)
+        try:
+            while True:
+                part = os.read(process.stdout.fileno(), 65536)
+                if not part:
+                    break
+                self._write(part)
+            if process.wait():
+                raise Failed(process.returncode)
+        finally:
+            # Of a stage that is stopped, too, nothing goes on in the folder.
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
     def clippy(self, *lints, **variables):
         """Clippy, with the GPU path; variables are those of its environment."""

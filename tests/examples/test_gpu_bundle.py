@@ -167,12 +167,13 @@ def slow(bundle):
 
 
 def test_goes_on_after_its_limit(bundle):
-    slow(bundle)
-    out = bundle.run("paper", "m=1", "m=2", "mnist", "--limit", "3", status=3)
-    assert "ended at its limit of 3 s: 2 left" in last_line(out)
+    bundle.write("rate", "20")  # 25 seconds for a training
+    out = bundle.run("paper", "m=1", "m=2", "mnist", "--limit", "9", status=3)
+    assert "ended at its limit of 9 s: 2 left" in last_line(out)
     assert "goes on with paper mnist m=1" in last_line(out)
     reached = bundle.found()["paper"]["mnist m=1"]["iteration"]
     assert 0 < reached < 10000
+    bundle.write("rate", "5000")
     out = bundle.run("paper", "m=1", "m=2", "mnist")
     assert "paper mnist m=1: going on from iteration %d" % reached in out
     assert "--snapshot=paper/mnist-m1/model_iter_%d.solverstate" % reached in (
@@ -310,6 +311,20 @@ def test_ncu(bundle):
     assert call.endswith("gpu_check profile bn 128 64 28 28")
     text = (bundle.results / "results.md").read_text()
     assert "| ncu bn 128 64 28 28 | bn_normalize_f32 | 2 |" in text
+
+
+@pytest.mark.parametrize("words, status, outcome", [
+    ("========= Error: Device not supported.", 1, "skipped"),
+    ("Internal: pools are not supported\nInvalid __global__ write of size 4",
+     9, "failed"),
+    ("Internal: pools are not supported", 0, "passed")])
+def test_what_the_sanitizer_says(bundle, words, status, outcome):
+    program(bundle.tools / "compute-sanitizer",
+            "import sys\nprint(%r)\nsys.exit(%d)\n" % (words, status))
+    bundle.run("tests", "memcheck margin float",
+               status=1 if outcome == "failed" else 0)
+    found, = bundle.found()["tests"].values()
+    assert found["status"] == outcome
 
 
 def test_without_tools(bundle):

@@ -3,6 +3,7 @@
 The build itself is seen in every run of the other tests.
 """
 
+import fcntl
 import os
 import pathlib
 import re
@@ -955,17 +956,14 @@ def test_waits_for_another_run(world, tree):
     (world.state / "broken").touch()
     world.run(status=1)
     lock, = world.folder.glob("lsoftmax-*.lock")
-    holder = subprocess.Popen(["flock", "--no-fork", lock, "sleep", "60"])
-    time.sleep(0.5)
     command, env = world.command()
-    run = subprocess.Popen(command, env=env, text=True, cwd="/",
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
+    with open(lock) as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        run = subprocess.Popen(command, env=env, text=True, cwd="/",
+                               stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
         first = run.stdout.readline()
         assert "waiting for another script that works in" in first
         assert str(tree) in first
         assert run.poll() is None
-    finally:
-        holder.kill()
-        holder.wait()
     assert "something.cpp: error: broken" in run.communicate(timeout=60)[0]

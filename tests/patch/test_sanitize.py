@@ -104,3 +104,21 @@ def test_only_the_name_that_caffes_solver_tries_is_let_through(
          "--error-exitcode=9", tmp_path / "solver"], stderr=subprocess.PIPE,
         text=True)
     assert done.returncode == status, done.stderr
+
+
+def test_a_stage_that_is_stopped_leaves_nothing_running(tmp_path):
+    program = ("import pathlib, sys\n"
+               "sys.path.insert(0, %r)\n"
+               "import stages\n"
+               "stages.ROOT = pathlib.Path(%r)\n"
+               "stages.Stages('logs', 1).stage('slow', None, 'sh', '-c',\n"
+               "                               'echo $$; exec sleep 60')\n"
+               % (str(PROJECT / "tests"), str(tmp_path)))
+    run = subprocess.Popen([sys.executable, "-c", program], text=True,
+                           stdout=subprocess.PIPE)
+    assert run.stdout.readline() == "==> [1/1] slow\n"
+    stage = int(run.stdout.readline())
+    run.terminate()
+    assert run.wait(timeout=60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(stage, 0)

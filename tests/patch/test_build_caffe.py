@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -395,6 +396,42 @@ def test_install(world, tree, installs):
     assert (prefix / "python/caffe/classify.py").exists()
     assert sorted(os.listdir(prefix / "lib")) == ["libcaffe.so.1", "mine"]
     assert "lib/libcaffe.so\n" not in (prefix / RECORD).read_text()
+
+
+@pytest.mark.parametrize("moves", range(8))
+def test_an_install_that_was_killed_is_finished_by_the_next(tmp_path, moves):
+    """Its files are not those of somebody else."""
+    for name in ("bin/caffe", "lib/libcaffe.so", "python/caffe.py"):
+        for folder in "stage", "whole":
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True)
+            path.write_text(name)
+    program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import install
+replace, left = os.replace, [int(sys.argv[4])]
+def counted(*args):
+    if not left[0]: os.kill(os.getpid(), 9)
+    left[0] -= 1
+    replace(*args)
+os.replace = counted
+install.install(*sys.argv[2:4])
+"""
+    prefix = tmp_path / "prefix"
+    prefix.mkdir()
+
+    def install(moves):
+        return subprocess.run(
+            [sys.executable, "-c", program, PROJECT / "cmake",
+             tmp_path / "stage", prefix, str(moves)]).returncode
+    # One for each file, and one for each of two records.
+    assert install(moves) == (-9 if moves < 5 else 0)
+    assert install(100) == 0
+    (prefix / RECORD).unlink()
+    (prefix / "share/caffe-lsoftmax").rmdir()
+    (prefix / "share").rmdir()
+    assert snapshot(prefix) == snapshot(tmp_path / "whole")
 
 
 def test_install_of_a_build_with_cuda(world, cuda, installs):

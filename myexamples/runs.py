@@ -4,15 +4,21 @@ A run that came to its end is kept: run again, only the missing ones train.
 """
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import caffe_log
 import caffe_proto
+import snapshots
 from caffe_proto import ROOT, UserError, user_errors
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 DESCENT = ("base", "gamma", "power", "lambda_min")
 
@@ -82,6 +88,22 @@ def read_or_none(path):
         return None
 
 
+def start_mortal(command, **options):
+    """The process of a command that does not outlive this one.
+
+    Whatever ends this process, the lock on its folder goes with it, and the
+    next one would write to the same files. At a SIGHUP Caffe goes on.
+    """
+    parent = os.getpid()
+
+    def end_with_parent():
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
+
+
 class Run:
     """One variant: margin m and random_seed, in the folder path.
 
@@ -92,7 +114,8 @@ class Run:
 
     def __init__(self, pb, solver_path, path, margin, seed, descent=None,
                  sources=None):
-        self.path, self.margin, self.seed = path, margin, seed
+        self.pb, self.path = pb, path
+        self.margin, self.seed = margin, seed
         self.log = os.path.join(path, "train.log")
         self.solver, self.net = caffe_proto.read_solver(pb, solver_path)
         layers = [layer for layer in self.net.layer
@@ -161,7 +184,7 @@ class Run:
         not for this one to overwrite.
         """
         images = read_or_none(os.path.join(self.path, "done"))
-        if images is None:
+        if not images:  # a full disk may have left it empty
             return False
         if any(read_or_none(path) != text
                for path, text in self.texts().items()):
@@ -172,14 +195,22 @@ class Run:
             raise UserError("%s was trained on %s: move it away to train on "
                             "%s" % (from_root(self.path), images.strip(),
                                     self.dataset() or "other images"))
-        return os.path.exists(self.model)
+        return self.is_whole()
+
+    def is_whole(self):
+        """Whether the model is there and not cut short."""
+        try:
+            snapshots.check_model(self.pb, self.model)
+        except UserError:
+            return False
+        return True
 
     def start(self, caffe):
         """The process that trains the net."""
         os.makedirs(self.path, exist_ok=True)
-        done = os.path.join(self.path, "done")
-        if os.path.exists(done):
-            os.remove(done)
+        for path in (os.path.join(self.path, "done"), self.model):
+            if os.path.exists(path):
+                os.remove(path)
         for path, text in self.texts().items():
             with open(path, "w") as file:
                 file.write(text)
@@ -187,7 +218,7 @@ class Run:
         env = dict(os.environ, GLOG_logtostderr="1", OPENBLAS_NUM_THREADS="1",
                    OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")
         with open(self.log, "w") as log:
-            return subprocess.Popen(
+            return start_mortal(
                 [caffe, "train",
                  "--solver=" + os.path.join(self.path, "solver.prototxt")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
@@ -196,15 +227,27 @@ class Run:
     def finish(self, status):
         """Keeps the run, or says why it failed."""
         history = self.history()
-        if (status != 0 or not history.test or not history.train
-                or not os.path.exists(self.model)):
+        if (status != 0 or not self.came_to_end() or not history.test
+                or not history.train):
             raise UserError("the training in %s failed (status %d); its log "
                             "is %s" % (self.path, status, self.log))
+        # Caffe does not notice a full disk at the end of a file.
+        if not self.is_whole():
+            raise UserError("%s could not be written: make room and run this "
+                            "again" % self.model)
         if caffe_log.is_diverged(history.train[-1].values["loss"]):
             print("warning: m = %d, seed %d diverged"
                   % (self.margin, self.seed), flush=True)
-        with open(os.path.join(self.path, "done"), "w") as file:
+        done = os.path.join(self.path, "done")
+        with open(done + ".part", "w") as file:
             file.write(self.dataset() + "\n")
+        os.replace(done + ".part", done)
+
+    def came_to_end(self):
+        """Whether the log says so: Caffe ends a stop with the same words."""
+        with open(self.log, errors="replace") as file:
+            text = file.read()
+        return "Optimization Done" in text and "stopped early" not in text
 
     def history(self):
         """What the log says."""

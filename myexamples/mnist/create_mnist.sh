@@ -17,10 +17,16 @@ train_db=$here/mnist_train_lmdb
 test_db=$here/mnist_test_lmdb
 
 ready() {
+  local db
   if [ -e "$train_db" ] && [ -e "$test_db" ]; then
     [ ${#options[@]} -eq 0 ] || [ "$(mnist_name)" = Fashion-MNIST ] ||
       die "$(rel "$train_db") holds $(mnist_name): move it,\
  $(rel "$test_db") and $(rel "$here/data") away to get Fashion-MNIST"
+    # LMDBs of the user's own do not say what they hold.
+    for db in "$train_db" "$test_db"; do
+      [ ! -e "$here/data/dataset.txt" ] || [ ! -e "$db/dataset.txt" ] ||
+        same_images "$db" "$here/data"
+    done
     say "$(rel "$train_db") and $(rel "$test_db") are ready"
     exit 0
   fi

@@ -22,11 +22,15 @@ ready() {
   fi
 }
 "$here/create_mnist.sh"
+[ -e "$train_db/dataset.txt" ] ||
+  die "$(rel "$train_db") does not say which images it holds: name them in its\
+ dataset.txt, or move it away"
 ready
 [ -x "$(example mnist/convert_mnist_data)" ] ||
   die "$(example mnist/convert_mnist_data) is missing: run\
  cmake/build_caffe.sh first"
 "$here/get_mnist.sh"
+same_images "$train_db" "$here/data"
 one_at_a_time "$here/.lock"
 ready
 make_lmdb "$fit_db" "$train_db" "$here/data/train" fit

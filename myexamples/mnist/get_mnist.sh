@@ -114,4 +114,5 @@ mv -T -- "$data.new" "$data"
 rm -rf "$parts"
 say "$name is ready in $(rel "$data")"
 [ "$name" = "$wanted" ] ||
-  say "for the true MNIST, remove that folder and run this with a network"
+  say "for the true MNIST, remove that folder and what is made from it\
+ ($(rel "$here")/*_lmdb), and run this with a network"

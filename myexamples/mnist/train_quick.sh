@@ -23,15 +23,28 @@ build_caffe
 need_plots
 dataset=$(mnist_name)
 
+# An earlier version did not note which images a net was trained on.
+on_these_images() {
+  local had
+  had=$(cat "$out/dataset.txt" 2>/dev/null) || return 0
+  [ "$had" = "$dataset" ] ||
+    die "$(rel "$out") was trained on $had: move it away to train on $dataset"
+}
+
 one_at_a_time "$out/.lock"
 if came_to_end "$out/train.log" && is_whole "$model"; then
+  on_these_images
   say "the net is trained already; to train it anew, $(move_away "$out")"
 else
   state=$(last_snapshot "$out")
   options=()
   if [ -n "$state" ]; then
+    on_these_images
     say "going on with an earlier training from $(rel "$state")"
     options=(--snapshot="$state")
+  else
+    { echo "$dataset" >"$out/dataset.txt"; } 2>/dev/null ||
+      die "cannot write $(rel "$out/dataset.txt"): is the disk full?"
   fi
   say "training on $dataset: $iterations iterations"
   # The net's matrix products are too small to share: one thread is faster.

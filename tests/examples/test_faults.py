@@ -83,7 +83,8 @@ def test_quick_killed_again_and_again(mnist, tmp_path):  # noqa: F811
     assert "after 20 iterations" in out.splitlines()[-3]
     assert not left_over(mnist)
     assert {path.name for path in mnist.path("mnist/quick_snapshot").iterdir()
-            } == {".lock", "deploy", "test.log", "train.log", "training.png"} | {
+            } == {".lock", "dataset.txt", "deploy", "test.log", "train.log",
+                  "training.png"} | {
         "quick_iter_%d.%s" % (i, kind) for i in (10, 20)
         for kind in ("caffemodel", "solverstate")}
 

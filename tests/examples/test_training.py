@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import CAFFE_ROOT, ROOT
 from mirror import Mirror
 from small_mnist import expect, small_mnist
 
@@ -164,6 +164,56 @@ def test_quick_killed_before_a_snapshot_starts_again(mnist):
     assert "after 20 iterations" in done.stdout
 
 
+def test_quick_does_not_go_on_with_other_images(mnist):
+    """Neither with a net that is trained already nor with a snapshot."""
+    assert quick(mnist).returncode == 0
+    out = mnist.path("mnist/quick_snapshot")
+    say_that_it_is(mnist, "Others")
+    # First as it is, then as if stopped; where there is nothing to go on from,
+    # nothing is mixed.
+    for lost in (20, 10):
+        refused = quick(mnist)
+        assert refused.returncode == 1, refused.stdout
+        assert refused.stdout.splitlines()[-1] == (
+            "train_quick.sh: error: myexamples/mnist/quick_snapshot was "
+            "trained on MNIST: move it away to train on Others")
+        for path in out.glob("quick_iter_%d.*" % lost):
+            path.unlink()
+    done = quick(mnist)
+    assert done.returncode == 0, done.stdout
+    assert "training on Others: 20 iterations" in done.stdout
+    assert (out / "dataset.txt").read_text() == "Others\n"
+    # Of what an earlier version has trained, it is not known.
+    (out / "dataset.txt").unlink()
+    say_that_it_is(mnist, "MNIST")
+    done = quick(mnist)
+    assert done.returncode == 0, done.stdout
+    assert "trained already" in done.stdout
+    assert not (out / "dataset.txt").exists()
+
+
+def test_quick_whose_model_is_cut(mnist, tmp_path):
+    """By a disk that was full for a moment, which Caffe did not notice."""
+    root = tmp_path / "caffe"
+    for folder in ("build/tools", "build/examples/mnist"):
+        (root / folder).mkdir(parents=True)
+    for name in ("python", "build/examples/mnist/convert_mnist_data"):
+        (root / name).symlink_to(os.path.join(CAFFE_ROOT, name))
+    caffe = root / "build/tools/caffe"
+    caffe.write_text("""#!/bin/bash
+"%s/build/tools/caffe" "$@" || exit
+[ "$1" != train ] ||
+  truncate -s -1 myexamples/mnist/quick_snapshot/quick_iter_20.caffemodel
+""" % CAFFE_ROOT)
+    caffe.chmod(0o755)
+    mnist.env["CAFFE_ROOT"] = str(root)
+    done = quick(mnist)
+    assert done.returncode == 1, done.stdout
+    assert done.stdout.splitlines()[-1] == (
+        "train_quick.sh: error: the net could not be written: make room and "
+        "run this again")
+
+
 def test_quick_shows_the_error_of_caffe(mnist):
     mnist.replace("mnist/quick_train_test.prototxt", num_output="5")
     done = quick(mnist)
@@ -195,6 +245,42 @@ def test_lmdbs_of_another_data_set(mnist):
     assert done.returncode == 1
     assert "mnist_train_lmdb holds MNIST: move it, " in done.stdout
     assert "away to get Fashion-MNIST" in done.stdout
+
+
+def say_that_it_is(mnist, name):
+    """Calls the tree's images by another name."""
+    for folder in ("data", "mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", folder, "dataset.txt").write_text(name + "\n")
+
+
+def test_lmdbs_of_other_images_than_the_files(mnist):
+    """As those of a Fashion-MNIST that MNIST has replaced since."""
+    assert mnist.run("mnist/create_mnist.sh", env=mnist.env).returncode == 0
+    say_that_it_is(mnist, "Others")
+    shutil.rmtree(mnist.path("mnist/data"))
+    # Before there are any files, all is well.
+    done = mnist.run("mnist/create_mnist.sh", env=mnist.env)
+    assert done.returncode == 0 and "are ready" in done.stdout
+    for script in ("create_validation.sh", "create_mnist.sh"):
+        refused = mnist.run("mnist/" + script, env=mnist.env)
+        assert refused.returncode == 1, refused.stdout
+        assert refused.stdout.splitlines()[-1] == (
+            "%s: error: myexamples/mnist/mnist_train_lmdb is not made from "
+            "the images of myexamples/mnist/data: move it away" % script)
+    assert not mnist.path("mnist/mnist_fit_lmdb").exists()
+    # What a user's own LMDBs hold is for the user to know.
+    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
+        mnist.path("mnist", lmdb, "dataset.txt").unlink()
+    done = mnist.run("mnist/create_mnist.sh", env=mnist.env)
+    assert done.returncode == 0 and "are ready" in done.stdout
+    before = sorted(os.listdir(mnist.path("mnist")))
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert refused.stdout.splitlines()[-1] == (
+        "create_validation.sh: error: myexamples/mnist/mnist_train_lmdb does "
+        "not say which images it holds: name them in its dataset.txt, or move "
+        "it away")
+    assert sorted(os.listdir(mnist.path("mnist"))) == before
 
 
 def compare(mnist, *args):
@@ -249,15 +335,13 @@ def test_comparison(mnist):
     before = (moved / "myexamples/mnist/comparison/m1_seed1/train.log"
               ).read_text()
     dataset = mnist.path("mnist/mnist_train_lmdb/dataset.txt")
-    name = dataset.read_text()
-    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
-        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    name = dataset.read_text().strip()
+    say_that_it_is(mnist, "Others")
     refused = compare(mnist, *args)
     assert refused.returncode == 1
     assert "error: myexamples/mnist/comparison/m1_seed1 was trained on " \
-        "%s: move it away to train on Others" % name.strip() in refused.stdout
-    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
-        mnist.path("mnist", lmdb, "dataset.txt").write_text(name)
+        "%s: move it away to train on Others" % name in refused.stdout
+    say_that_it_is(mnist, name)
     mnist.replace("mnist/compare_solver.prototxt", base_lr=0.01)
     refused = compare(mnist, *args)
     assert refused.returncode == 1
@@ -379,8 +463,7 @@ def test_2d_features(mnist):
     plot = line.split(": ", 1)[1]
     assert Image.open(plot).size == (1560, 897)
     # The paper's figures are those of MNIST.
-    for lmdb in ("mnist_train_lmdb", "mnist_test_lmdb"):
-        mnist.path("mnist", lmdb, "dataset.txt").write_text("Others\n")
+    say_that_it_is(mnist, "Others")
     for mark in mnist.path("mnist_2d/runs").glob("*/done"):
         mark.write_text("Others\n")
     other = mnist.run("mnist_2d/train_2d.sh", "--seeds", "2", env=mnist.env)

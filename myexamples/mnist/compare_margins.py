@@ -117,11 +117,10 @@ def print_table(found, what):
 
 def draw(found, what, title):
     """A figure: the errors, and the differences to m = 1."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Here, as --help is to work where matplotlib is not there yet.
+    import figures
     paired = [result for result in found if result.difference is not None]
-    figure, axes = plt.subplots(
+    figure, axes = figures.plt.subplots(
         1, 2 if paired else 1, squeeze=False, constrained_layout=True,
         figsize=(9 if paired else 5, 4))
     axes = axes[0]
@@ -135,7 +134,7 @@ def draw(found, what, title):
         [result.margin for result in found],
         [result.mean for result in found],
         [result.deviation or 0 for result in found], fmt="o", capsize=5,
-        color="tab:blue", label="mean, standard deviation")
+        color=figures.COLOURS[0], label="mean, standard deviation")
     axes[0].set_ylabel("%s error, %%" % what)
     axes[0].set_title("all seeds", fontsize="medium")
     axes[0].set_ylim(0, 1.1 * max(max(result.errors) for result in found)
@@ -151,7 +150,7 @@ def draw(found, what, title):
               in zip(paired, shown)],
              [high - result.difference for result, (_, high)
               in zip(paired, shown)]],
-            fmt="o", capsize=5, color="tab:blue")
+            fmt="o", capsize=5, color=figures.COLOURS[0])
         axes[1].axhline(0, color="gray", linewidth=0.8)
         axes[1].set_ylabel("difference to m = 1, percentage points")
         axes[1].set_title("paired by seed, mean and its 95 % interval",
@@ -175,12 +174,12 @@ def report(args, all_runs):
     images = all_runs[0].dataset() or "images of your own"
     if args.validation:
         images = "the last sixth of the training images of " + images
-    figure = draw(found, what, "Margins on %s, %d seed%s" % (
-        images, args.seeds, "" if args.seeds == 1 else "s"))
-    png = os.path.join(os.path.dirname(all_runs[0].path),
-                       "comparison%s.png" % suffix(args))
-    figure.savefig(png, dpi=100)
-    print("plot: %s" % png)
+    import figures
+    figures.save(
+        draw(found, what, "Margins on %s, %d seed%s" % (
+            images, args.seeds, "" if args.seeds == 1 else "s")),
+        os.path.join(os.path.dirname(all_runs[0].path),
+                     "comparison%s.png" % suffix(args)))
 
 
 def run_all(args):

@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from conftest import CAFFE_ROOT, ROOT
 from mirror import Mirror
 from small_mnist import expect, small_mnist
 
-for folder in ("mnist", "mnist_2d"):
+for folder in ("", "mnist", "mnist_2d"):
     sys.path.insert(0, os.path.join(ROOT, "myexamples", folder))
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
@@ -377,6 +378,18 @@ def test_paired_difference_and_its_interval():
     # The same difference in each: there is no spread to judge by.
     assert Result(2, [1.5, 2.5], [1.0, 2.0]).interval is None
     assert Result(2, [1.5], [1.0]).interval is None
+
+
+def test_comparison_has_the_colour_of_all_plots():
+    import figures
+    from compare_margins import Result, draw
+    figure = draw([Result(1, [1.0, 2.0]), Result(2, [1.0, 2.5], [1.0, 2.0])],
+                  "test", "a title")
+    for axis in figure.axes:
+        (points, _, bars), = axis.containers
+        assert points.get_color() == figures.COLOURS[0]
+        for bar in bars:
+            assert to_hex(bar.get_color()[0]) == figures.COLOURS[0].lower()
 
 
 def cut(path, record):

@@ -31,26 +31,31 @@ def parse_args():
 
 def read_transform(prototxt):
     """What the comments at the head of a deploy.prototxt say: arguments for
-    blobFromImage, whether the images are gray, and the crop or None."""
+    blobFromImage, whether the images are gray, and what is done before: the
+    (width, height) to resize to and then the crop, each of them or None."""
     try:
         with open(prototxt) as file:
             head = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("cannot read %s: %s" % (prototxt, error))
     said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
+
+    def sides(key):
+        return tuple(int(side) for side in said[key].split(","))
     try:
         transform = {
             "scalefactor": float(said["scalefactor"]),
-            "size": tuple(int(side) for side in said["size"].split(",")),
+            "size": sides("size"),
             "mean": tuple(float(mean) for mean in said["mean"].split(",")),
             "swapRB": {"true": True, "false": False}[said["swapRB"]]}
         gray = said["channels"].startswith("gray")
+        resize = sides("resize") if "resize" in said else None
         crop = re.search(r"(\d+) x", said["crop"]) if "crop" in said else None
     except (KeyError, ValueError):
         raise UserError("%s does not say how its input is made: was it made "
                         "by export_deploy.py from a net with images?"
                         % prototxt)
-    return transform, gray, int(crop[1]) if crop else None
+    return transform, gray, resize, int(crop[1]) if crop else None
 
 
 def read_idx(path, magic, header):
@@ -105,7 +110,7 @@ def run(args):
         raise UserError("OpenCV's Python module is missing: apt-get install "
                         "python3-opencv")
     prototxt = os.path.join(args.folder, "deploy.prototxt")
-    transform, gray, crop = read_transform(prototxt)
+    transform, gray, resize, crop = read_transform(prototxt)
     try:
         net = cv2.dnn.readNetFromCaffe(
             prototxt, os.path.join(args.folder, "deploy.caffemodel"))
@@ -117,6 +122,8 @@ def run(args):
             "Softmax" else "score")
     for name in args.images:
         image, label = read_image(cv2, name, gray)
+        if resize:
+            image = cv2.resize(image, resize)
         if crop:
             image = middle(image, crop, name)
         net.setInput(cv2.dnn.blobFromImage(image, **transform))

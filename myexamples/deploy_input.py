@@ -195,6 +195,11 @@ class Input:
             lines.append("  channels: gray, of 0 to 255, as cv2.imread has "
                          "them with IMREAD_GRAYSCALE")
         if transform.crop_size:
+            data = self.layer.image_data_param
+            # Without a crop, the size above says as much.
+            if data.new_height and data.new_width:
+                lines.append("  resize: %d, %d"
+                             % (data.new_width, data.new_height))
             lines.append("  crop: the middle %d x %d of the image"
                          % (transform.crop_size, transform.crop_size))
         if transform.mean_file:

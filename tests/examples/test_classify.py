@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from deploy_tools import Bench, conv, image, layer
+from deploy_tools import Bench, conv, image, inner, layer
 
 cv2 = pytest.importorskip("cv2")
 
@@ -105,6 +105,35 @@ def test_crop(folder, tmp_path):
     status, out = classify(folder, picture(tmp_path / "a.png", 0, size=2))
     assert status == 1
     assert "has 2 x 2 pixels; the net crops 4 x 4" in out
+
+
+def test_resize_and_crop_like_caffe(tmp_path, pb, caffe):
+    """What an ImageData layer with both does, as the nets for ImageNet have
+    it: the crop is of the resized image."""
+    bench = Bench(tmp_path, pb, caffe)
+    noise = np.random.default_rng(0)
+    images = [tmp_path / ("%d.png" % i) for i in range(4)]
+    for path in images:
+        # Coarse, so that it is another image at another size.
+        coarse = noise.integers(0, 256, (6, 5, 3), np.uint8)
+        assert cv2.imwrite(str(path), cv2.resize(coarse, (30, 40)))
+    (tmp_path / "list.txt").write_text("".join(
+        "%s 0\n" % path for path in images))
+    net = bench.write(
+        layer("ImageData", "data", "", "data label",
+              'image_data_param { source: "%s/list.txt" batch_size: 4 '
+              "new_height: 16 new_width: 12 } transform_param { crop_size: 8 "
+              "scale: 0.01 mean_value: 104 mean_value: 117 mean_value: 123 }"
+              % tmp_path),
+        inner("ip", "data"), layer("Softmax", "prob", "ip"))
+    bench.make_model()
+    bench.export()
+    [found] = caffe.outputs(net, str(bench.model), [{}], ["prob"])
+    status, out = classify(bench.out, *images)
+    assert status == 0, out
+    for probabilities, line in zip(found["prob"], out.splitlines()):
+        assert "class %d (probability %.3f)" % (
+            probabilities.argmax(), probabilities.max()) in line
 
 
 @pytest.fixture

@@ -148,15 +148,28 @@ def read_solver(pb, path):
                     "folder that Caffe runs in" % (path, name))
 
 
+def meets(rule, state):
+    """Whether Caffe holds a NetState to meet a NetStateRule."""
+    return ((not rule.HasField("phase") or rule.phase == state.phase)
+            and (not rule.HasField("min_level")
+                 or state.level >= rule.min_level)
+            and (not rule.HasField("max_level")
+                 or state.level <= rule.max_level)
+            and all(stage in state.stage for stage in rule.stage)
+            and not any(stage in state.stage for stage in rule.not_stage))
+
+
 def in_phase(pb, net, layer, phase):
-    """Whether Caffe keeps layer in that phase (only rules on phases count)."""
-    def meets(rule):
-        return not rule.HasField("phase") or rule.phase == phase
-    if layer.HasField("phase"):
-        return layer.phase == phase
+    """Whether Caffe keeps layer in that phase of net.
+
+    To Caffe, a layer's own `phase` is no rule: it is what a net was dumped in.
+    """
+    state = pb.NetState()
+    state.CopyFrom(net.state)
+    state.phase = phase
     if layer.include:
-        return any(meets(rule) for rule in layer.include)
-    return not any(meets(rule) for rule in layer.exclude)
+        return any(meets(rule, state) for rule in layer.include)
+    return not any(meets(rule, state) for rule in layer.exclude)
 
 
 # What a learning rate is made of besides base_lr.

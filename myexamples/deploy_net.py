@@ -10,7 +10,7 @@ import numpy as np
 
 from bn_dialect import check_statistics, moving_variance
 from caffe_model import is_hdf5, text
-from caffe_proto import UserError
+from caffe_proto import UserError, in_phase
 
 # The layer types of BVLC Caffe, whose Python layers need more than Caffe.
 UPSTREAM = frozenset("""
@@ -73,27 +73,6 @@ class Node:
         return "layer '%s' (%s)" % (self.name, self.type)
 
 
-def meets(rule, state):
-    """Whether Caffe holds a NetState to meet a NetStateRule."""
-    return ((not rule.HasField("phase") or rule.phase == state.phase)
-            and (not rule.HasField("min_level")
-                 or state.level >= rule.min_level)
-            and (not rule.HasField("max_level")
-                 or state.level <= rule.max_level)
-            and all(stage in state.stage for stage in rule.stage)
-            and not any(stage in state.stage for stage in rule.not_stage))
-
-
-def in_state(layer, state):
-    """Whether a net in that state has the layer.
-
-    To Caffe, a layer's own `phase` is no rule: it is what a net was dumped in.
-    """
-    if layer.include:
-        return any(meets(rule, state) for rule in layer.include)
-    return not any(meets(rule, state) for rule in layer.exclude)
-
-
 def is_source(layer):
     """Whether a layer brings data into the net."""
     return not layer.bottom and layer.type != "Parameter"
@@ -128,15 +107,12 @@ class Graph:
         self.notes = []
         if not net.layer:
             raise UserError("%s has no layers" % path)
-        state = pb.NetState()
-        state.CopyFrom(net.state)
-        state.phase = pb.Phase.Value(phase)
-        here = [in_state(layer, state) for layer in net.layer]
-        state.phase = pb.Phase.Value(other)
+        here, there = ([in_phase(pb, net, layer, pb.Phase.Value(one))
+                        for layer in net.layer] for one in (phase, other))
         layers = legacy_inputs(pb, net) + [
             layer for layer, is_here in zip(net.layer, here) if is_here]
-        self.others = [layer for layer, is_here in zip(net.layer, here)
-                       if not is_here and in_state(layer, state)]
+        self.others = [layer for layer, is_here, is_there in zip(
+            net.layer, here, there) if is_there and not is_here]
         if not any(is_source(layer) for layer in layers):
             layers = [layer for layer in self.others
                       if is_source(layer)] + layers

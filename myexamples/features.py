@@ -43,7 +43,8 @@ def cut(pb, net, blobs, path):
         if not caffe_proto.in_phase(pb, net, layer, pb.TEST):
             continue
         layers.append(copy.deepcopy(layer))
-        for field in ("include", "exclude"):
+        # Its own phase would go before the net's.
+        for field in ("phase", "include", "exclude"):
             layers[-1].ClearField(field)
         if layer.type == "LargeMarginInnerProduct" and len(layer.bottom) > 1:
             del layers[-1].bottom[1:], layers[-1].top[1:]

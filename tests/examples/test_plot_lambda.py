@@ -101,6 +101,17 @@ def test_iteration_iter_size_and_minimum(solver):
 FAST = "margin: 4 base: 1000 gamma: 0.01 power: 3"
 
 
+def test_the_layer_of_the_nets_stage(solver):
+    net = "".join("""layer { name: "lm" type: "LargeMarginInnerProduct"
+      largemargin_inner_product_param { num_output: 10 margin: %d %%s }
+      include { stage: "m%d" } }""" % (m, m) for m in (2, 3))
+    param = GOOD.replace("type: QUADRUPLE", "")
+    done = plot_lambda(solver("", net='state { stage: "m3" }' + net.replace(
+        "%s", param)))
+    assert done.returncode == 0, done.stdout
+    assert "m = 3" in done.stdout and "m = 2" not in done.stdout
+
+
 @pytest.mark.parametrize("param, warning", [
     ("margin: 3 base: 1000", "lambda is still 1000 at the end (gamma and"),
     ("margin: 3 base: 1000 gamma: 0.0001 power: 2", "is still 250 at the end"),

@@ -523,6 +523,18 @@ def test_channels_mean_image_and_batches(tmp_path, caffe_root):
     assert list(rows[2, 0]) == [45, 45, 35, 35, 19, 19]
 
 
+def test_a_net_that_was_dumped_in_training(pb):
+    """Its layers' own phase is no rule, nor that of the features."""
+    from google.protobuf import text_format
+    net = text_format.Parse("""
+        layer { name: "data" type: "Input" top: "data" phase: TRAIN }
+        layer { name: "drop" type: "Dropout" bottom: "data" top: "drop"
+                phase: TRAIN }""", pb.NetParameter())
+    layers = features.cut(pb, net, ["drop"], "net.prototxt").layer
+    assert [layer.name for layer in layers] == ["data", "drop"]
+    assert not any(layer.HasField("phase") for layer in layers)
+
+
 def test_deploy_net_scales_images_to_its_input(tmp_path, caffe_root):
     """Both forms of an input; a margin layer without its label."""
     save(tmp_path / "a.png", np.full((6, 8), 7))

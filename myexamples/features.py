@@ -140,7 +140,8 @@ class Preprocessing:
         self = cls()
         param = layer.transform_param
         self.scale = param.scale
-        if layer.type == "Input":
+        # An Input may leave its shape to whoever fills it.
+        if layer.type == "Input" and layer.input_param.shape:
             shape = layer.input_param.shape[0].dim
             if len(shape) == 4:
                 self.channels = shape[1]

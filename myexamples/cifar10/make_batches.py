@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)),
                                 ".."))
-from caffe_proto import UserError  # noqa: E402
+from caffe_proto import UserError, user_errors  # noqa: E402
 
 PIXELS = 32 * 32
 # The package's own spelling.
@@ -77,13 +77,12 @@ def read_batches(path):
 
 def main():
     args = parse_args()
-    try:
-        for name, batch in list(read_batches(args.package)):
-            batch.tofile(os.path.join(args.output, name))
-    except UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write %s: %s" % (args.output, error))
+    with user_errors():
+        try:
+            for name, batch in list(read_batches(args.package)):
+                batch.tofile(os.path.join(args.output, name))
+        except OSError as error:
+            raise UserError("cannot write %s: %s" % (args.output, error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from PIL import Image
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)),
                                 ".."))
 import caffe_proto  # noqa: E402
-from caffe_proto import UserError  # noqa: E402
+from caffe_proto import UserError, user_errors  # noqa: E402
 
 SIZE = 32
 RECORD = 1 + 3 * SIZE * SIZE
@@ -82,17 +82,17 @@ def write_mean(pb, mean, path):
 
 def main():
     args = parse_args()
-    try:
-        pb = caffe_proto.load()
-        sets = {name: [read_batch(args.batches, batch) for batch in names]
-                for name, names in BATCHES.items()}
-        means = {name: write_set(name, batches, args)
-                 for name, batches in sets.items()}
-        write_mean(pb, means["train"], os.path.join(args.output, args.mean))
-    except UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write %s: %s" % (args.output, error))
+    with user_errors():
+        try:
+            pb = caffe_proto.load()
+            sets = {name: [read_batch(args.batches, batch) for batch in names]
+                    for name, names in BATCHES.items()}
+            means = {name: write_set(name, batches, args)
+                     for name, batches in sets.items()}
+            write_mean(pb, means["train"],
+                       os.path.join(args.output, args.mean))
+        except OSError as error:
+            raise UserError("cannot write %s: %s" % (args.output, error))
 
 
 if __name__ == "__main__":

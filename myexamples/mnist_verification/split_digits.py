@@ -18,7 +18,7 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
-from caffe_proto import UserError  # noqa: E402
+from caffe_proto import UserError, user_errors  # noqa: E402
 
 MAGIC = {1: 2049, 3: 2051}
 
@@ -91,17 +91,16 @@ def main():
     if not classes and args.part not in ("fit", "validation"):
         parser.error("%s is no range like 0-4, nor fit or validation"
                      % args.part)
-    try:
+    with user_errors():
         if classes:
             images, labels = read(args.source, *map(int, classes.groups()))
         else:
             images, labels = read_part(args.source, args.part)
-        write_idx(args.target + "-images-idx3-ubyte", images)
-        write_idx(args.target + "-labels-idx1-ubyte", labels)
-    except UserError as error:
-        sys.exit("error: %s" % error)
-    except OSError as error:
-        sys.exit("error: cannot write: %s" % error)
+        try:
+            write_idx(args.target + "-images-idx3-ubyte", images)
+            write_idx(args.target + "-labels-idx1-ubyte", labels)
+        except OSError as error:
+            raise UserError("cannot write: %s" % error)
 
 
 if __name__ == "__main__":

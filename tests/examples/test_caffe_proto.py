@@ -1,8 +1,11 @@
 """caffe_proto.py: nets and folders as Caffe takes them."""
 import ast
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -44,3 +47,30 @@ def test_phases_are_those_of_caffe(tmp_path, pb):
              for phase in (pb.TRAIN, pb.TEST)]
     assert found == ast.literal_eval(done.stdout)
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("script, waits_for, args", [
+    ("snapshots.py", "src/caffe/proto/caffe.proto", ["."]),
+    ("cifar10/make_images.py", "src/caffe/proto/caffe.proto",
+     [".", "out", "--listed-as", "x", "--mean", "mean"]),
+    ("cifar10/make_batches.py", "package.tgz", ["package.tgz", "."]),
+    ("mnist_verification/split_digits.py", "x-images-idx3-ubyte",
+     ["x", "y", "0-4"])])
+def test_ctrl_c_is_one_word(tmp_path, script, waits_for, args):
+    """While the script reads a file that says nothing."""
+    fifo = tmp_path / waits_for
+    fifo.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(fifo)
+    process = subprocess.Popen(
+        [os.path.join(ROOT, "myexamples", script), *args], cwd=tmp_path,
+        env=dict(os.environ, CAFFE_ROOT=str(tmp_path)), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    writer = None
+    while writer is None and process.poll() is None:
+        with contextlib.suppress(OSError):  # until it reads
+            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=30)[0]
+    os.close(writer)
+    assert (process.returncode, out) == (1, "stopped\n")

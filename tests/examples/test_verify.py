@@ -535,6 +535,19 @@ def test_a_net_that_was_dumped_in_training(pb):
     assert not any(layer.HasField("phase") for layer in layers)
 
 
+def test_input_without_a_shape_takes_images_as_they_are(tmp_path, caffe_root):
+    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    _, layers = net.path.read_text().split('layer { name: "flat"')
+    net.path.write_text('layer { name: "x" type: "Input" top: "data" }'
+                        '\nlayer { name: "flat"' + layers)
+    done = net.verify(path, "--gray")
+    assert done.returncode == 0, done.stdout
+    assert "as large as they are, grey" in done.stdout
+    [error] = net.errors([[path]])
+    assert "--gray" in error
+
+
 def test_deploy_net_scales_images_to_its_input(tmp_path, caffe_root):
     """Both forms of an input; a margin layer without its label."""
     save(tmp_path / "a.png", np.full((6, 8), 7))

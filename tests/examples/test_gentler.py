@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 
 import h5py
 import numpy as np
@@ -230,6 +231,30 @@ def test_options_in_the_manner_of_gflags():
     assert gentler.option(command, "snapshot") is None
     assert gentler.without(command, "solver") == [
         "caffe", "train", "--gpu=0", "--weights=w"]
+
+
+def test_advice_after_weights_and_with_iter_size(folder, pb, monkeypatch):
+    (folder / "solver.prototxt").write_text(
+        SOLVER.replace("100000", "10000") + "iter_size: 5")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(gentler, "is_whole", lambda pb, state: True)
+    alarm = types.SimpleNamespace(good=30, cause="descent")
+    lines = gentler.advice(
+        [CAFFE, "train", "--weights=w", "--solver=solver.prototxt"], alarm,
+        ["x_iter_20.solverstate"]).splitlines()
+    # Caffe refuses --weights beside --snapshot.
+    assert shlex.split(lines[-1]) == [
+        CAFFE, "train", "--solver=a folder/small_gentler_solver.prototxt",
+        "--snapshot=x_iter_20.solverstate"]
+    # lambda gets to 1 after 0.15 of the passes, five an iteration.
+    net = read(pb, folder / "a folder/small_gentler_net.prototxt",
+               "NetParameter")
+    assert net.layer[3].largemargin_inner_product_param.gamma == pytest.approx(
+        (1000 ** 0.5 - 1) / (0.15 * 50000), rel=0.01)
+    # A start anew keeps its weights.
+    again = gentler.advice(
+        [CAFFE, "train", "--weights=w", "--solver=solver.prototxt"], alarm, [])
+    assert shlex.split(again.splitlines()[-1])[2] == "--weights=w"
 
 
 @pytest.mark.parametrize("before, base, power", [

@@ -69,6 +69,22 @@ def array_of(blob, where):
     return np.fromiter(values, dtype, count).reshape(shape)
 
 
+def read_mean(pb, path):
+    """The mean image of a .binaryproto, (C, H, W)."""
+    from google.protobuf.message import DecodeError
+    blob = pb.BlobProto()
+    try:
+        blob.ParseFromString(read_bytes(path))
+    except DecodeError:
+        raise UserError("%s is cut short, or no .binaryproto" % path)
+    mean = array_of(blob, path)
+    if mean.ndim < 3 or not mean.size or any(
+            count != 1 for count in mean.shape[:-3]):
+        raise UserError("%s is no mean image: its shape is %s"
+                        % (path, text(mean.shape)))
+    return mean.reshape(mean.shape[-3:])
+
+
 def set_array(blob, array):
     """Makes a BlobProto hold an array, in its own type."""
     doubles = array.dtype == np.float64

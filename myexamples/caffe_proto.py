@@ -276,8 +276,12 @@ def margin(param):
     return param.margin if param.HasField("margin") else param.type + 1
 
 
-def lambda_at(param, iteration, iter_size=1):
-    """lambda as Caffe's log shows it for that iteration of the solver."""
-    passes = param.iteration + (iteration + 1) * iter_size
+def lambda_after(param, passes):
+    """lambda after that many forward passes."""
     return max(param.lambda_min,
                param.base * (1 + param.gamma * passes) ** -param.power)
+
+
+def lambda_at(param, iteration, iter_size=1):
+    """lambda as Caffe's log shows it for that iteration of the solver."""
+    return lambda_after(param, param.iteration + (iteration + 1) * iter_size)

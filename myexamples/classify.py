@@ -12,10 +12,10 @@ not end in a Softmax), and the label where MNIST's labels lie beside the images.
 import argparse
 import os
 import re
-import struct
 
 import numpy as np
 
+import idx_file
 from caffe_model import read_bytes, text
 from caffe_proto import UserError, user_errors
 
@@ -58,29 +58,18 @@ def read_transform(prototxt):
     return transform, gray, resize, int(crop[1]) if crop else None
 
 
-def read_idx(path, magic, header):
-    """A file in MNIST's format: its sizes, its numbers."""
-    data = read_bytes(path)
-    if len(data) < header or struct.unpack(">i", data[:4])[0] != magic:
-        raise UserError("%s is not in MNIST's format" % path)
-    sizes = struct.unpack(">%di" % (header // 4 - 1), data[4:header])
-    if len(data) != header + np.prod(sizes, dtype=np.int64):
-        raise UserError("%s is cut short" % path)
-    return np.frombuffer(data, np.uint8, offset=header).reshape(sizes)
-
-
 def read_image(cv2, name, gray):
     """(image, label or None) of an IMAGE of the command line."""
     path, _, number = name.rpartition(":")
     if path and number.isdigit() and not os.path.exists(name):
-        images = read_idx(path, 2051, 16)
+        images = idx_file.read(path, 3)
         number = int(number)
         if number >= len(images):
             raise UserError("%s has %d images" % (path, len(images)))
         image, label = images[number], None
         labels = path.replace("images-idx3", "labels-idx1")
         if labels != path and os.path.exists(labels):
-            label = int(read_idx(labels, 2049, 8)[number])
+            label = int(idx_file.read(labels, 1)[number])
         return image if gray else cv2.cvtColor(
             image, cv2.COLOR_GRAY2BGR), label
     data = np.frombuffer(read_bytes(name), np.uint8)

@@ -4,7 +4,7 @@ import tempfile
 
 import numpy as np
 
-from caffe_model import array_of, read_bytes, text
+from caffe_model import read_bytes, read_mean, text
 from caffe_proto import ROOT, UserError
 
 IMAGES = ("Data", "ImageData", "WindowData", "MemoryData")
@@ -151,15 +151,7 @@ class Input:
                 raise UserError("%s: its mean_file %s is not there"
                                 % (self.node, name))
             return None
-        from google.protobuf.message import DecodeError
-        path = os.path.join(folder, name)
-        blob = self.pb.BlobProto()
-        try:
-            blob.ParseFromString(read_bytes(path))
-        except DecodeError:
-            raise UserError("%s is cut short, or no .binaryproto" % path)
-        mean = array_of(blob, path)
-        return mean.reshape(mean.shape[-3:])
+        return read_mean(self.pb, os.path.join(folder, name))
 
     def channel_means(self):
         """What to subtract from each channel, or None where that is not

@@ -14,7 +14,6 @@ import numpy as np
 import caffe_model
 import caffe_proto
 import deploy_net
-import snapshots
 from caffe_proto import ROOT, UserError
 
 
@@ -169,14 +168,7 @@ class Preprocessing:
         """Takes the mean image of a .binaryproto."""
         if not os.path.exists(path):
             path = os.path.join(ROOT, path)
-        blob = snapshots.read(pb.BlobProto(), path)
-        shape = tuple(blob.shape.dim) or (blob.channels, blob.height,
-                                          blob.width)
-        shape = shape[-3:]
-        if len(shape) != 3 or np.prod(shape) != len(blob.data) or \
-                not blob.data:
-            raise UserError("%s is no mean image" % path)
-        self.mean = np.array(blob.data, np.float32).reshape(shape)
+        self.mean = caffe_model.read_mean(pb, path).astype(np.float32)
 
     def describe(self):
         """One line for the user."""

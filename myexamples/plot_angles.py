@@ -179,8 +179,7 @@ def describe(pb, model, layer):
         if m == 1:
             return "softmax (m = 1)", None
         return "m = %d" % m, (
-            max(param.lambda_min, param.base * (
-                1 + param.gamma * param.passes) ** -param.power)
+            caffe_proto.lambda_after(param, param.passes)
             if param.HasField("passes") else None)
     return os.path.basename(model), None
 

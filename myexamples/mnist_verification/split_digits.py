@@ -11,50 +11,18 @@ and fit the others.
 import argparse
 import os
 import re
-import struct
 import sys
-
-import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+import idx_file  # noqa: E402
 from caffe_proto import UserError, user_errors  # noqa: E402
-
-MAGIC = {1: 2049, 3: 2051}
-
-
-def read_idx(path, axes):
-    """The array of bytes in an IDX file with that many axes."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError("cannot read %s: %s" % (path, error.strerror))
-    head = struct.Struct(">%di" % (1 + axes))
-    if len(data) < head.size:
-        raise UserError("%s is cut short" % path)
-    magic, *shape = head.unpack_from(data)
-    if magic != MAGIC[axes]:
-        raise UserError("%s is no MNIST file: it begins with %d instead of %d"
-                        % (path, magic, MAGIC[axes]))
-    size = head.size + int(np.prod(shape, dtype=np.int64))
-    if len(data) != size:
-        raise UserError("%s has %d bytes where its header says %d"
-                        % (path, len(data), size))
-    return np.frombuffer(data, np.uint8, offset=head.size).reshape(shape)
-
-
-def write_idx(path, array):
-    with open(path, "wb") as file:
-        file.write(struct.pack(">%di" % (1 + array.ndim), MAGIC[array.ndim],
-                               *array.shape))
-        file.write(array.tobytes())
 
 
 def read_all(prefix):
     """(images, labels), one label an image."""
-    images = read_idx(prefix + "-images-idx3-ubyte", 3)
-    labels = read_idx(prefix + "-labels-idx1-ubyte", 1)
+    images = idx_file.read(prefix + "-images-idx3-ubyte", 3)
+    labels = idx_file.read(prefix + "-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise UserError("%s: %d images and %d labels"
                         % (prefix, len(images), len(labels)))
@@ -97,8 +65,8 @@ def main():
         else:
             images, labels = read_part(args.source, args.part)
         try:
-            write_idx(args.target + "-images-idx3-ubyte", images)
-            write_idx(args.target + "-labels-idx1-ubyte", labels)
+            idx_file.write(args.target + "-images-idx3-ubyte", images)
+            idx_file.write(args.target + "-labels-idx1-ubyte", labels)
         except OSError as error:
             raise UserError("cannot write: %s" % error)
 

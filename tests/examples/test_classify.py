@@ -156,9 +156,14 @@ def test_mnist(folder, mnist):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is cut short"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]),
+     "has 47 bytes where its header says 48"),
+    (lambda path: path.write_bytes(path.read_bytes()[:15]), "is cut short"),
     (lambda path: path.write_bytes(b"12345678901234567890"),
-     "is not in MNIST's format"),
+     "is no MNIST file: it begins with"),
+    # As many as there are, were the sizes negative.
+    (lambda path: path.write_bytes(struct.pack(">4i", 2051, 2, -4, -4)
+                                   + bytes(32)), "where its header says"),
     (lambda path: path.unlink(), "cannot read"),
     (lambda path: path.write_bytes(struct.pack(">4i", 2051, 1, 4, 4)
                                    + bytes(16)), "has 1 images"),

@@ -14,6 +14,7 @@ from small_mnist import expect, small_mnist
 sys.path[:0] = [os.path.join(ROOT, "myexamples"),
                 os.path.join(ROOT, "myexamples", "mnist_verification")]
 pytest.importorskip("sklearn")
+import idx_file  # noqa: E402
 import pair_judging  # noqa: E402
 import split_digits  # noqa: E402
 from caffe_proto import UserError  # noqa: E402
@@ -30,8 +31,8 @@ def test_split(tmp_path):
     images = np.arange(6 * 4, dtype=np.uint8).reshape(6, 2, 2)
     labels = np.array([4, 5, 0, 9, 4, 3], np.uint8)
     prefix = str(tmp_path / "x")
-    split_digits.write_idx(prefix + "-images-idx3-ubyte", images)
-    split_digits.write_idx(prefix + "-labels-idx1-ubyte", labels)
+    idx_file.write(prefix + "-images-idx3-ubyte", images)
+    idx_file.write(prefix + "-labels-idx1-ubyte", labels)
     head = (tmp_path / "x-images-idx3-ubyte").read_bytes()[:16]
     assert head == bytes([0, 0, 8, 3, 0, 0, 0, 6, 0, 0, 0, 2, 0, 0, 0, 2])
     chosen, kept = split_digits.read(prefix, 0, 4)
@@ -40,7 +41,7 @@ def test_split(tmp_path):
     with pytest.raises(UserError, match="no image with a label from 6 to 8"):
         split_digits.read(prefix, 6, 8)
     with pytest.raises(UserError, match="it begins with 2051 instead of 2049"):
-        split_digits.read_idx(prefix + "-images-idx3-ubyte", 1)
+        idx_file.read(prefix + "-images-idx3-ubyte", 1)
     path = tmp_path / "x-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="has 39 bytes where its header says"):

@@ -377,7 +377,7 @@ MISTAKES = [
     (["--blob", "loss"], 'the blob "loss" of'),
     (["--blob", "label"], "does not come from images alone"),
     (["--mean", "1", "2"], "2 mean values for images of 1 channel"),
-    (["--mean", "none.binaryproto"], "none.binaryproto cannot be read"),
+    (["--mean", "none.binaryproto"], "cannot read "),
     (["--mean", "1", "x"], "--mean 1 x: neither numbers nor one file"),
     (["--size", "4"], 'layer "ip": the net has weights of 32 numbers'),
     (["--root", "/none"], "no such image: /none/0.png (3 of 3 are missing"),
@@ -521,6 +521,28 @@ def test_channels_mean_image_and_batches(tmp_path, caffe_root):
     assert list(rows[0, 0]) == [30, 60, 20, 50, 5, 33]
     assert list(rows[1, 0]) == [10, 40, 20, 50, 25, 53]
     assert list(rows[2, 0]) == [45, 45, 35, 35, 19, 19]
+
+
+@pytest.mark.parametrize("shape, legacy, message", [
+    ([3, 1, 2], {}, None), ([1, 3, 1, 2], {}, None),
+    ([], {"num": 1, "channels": 3, "height": 1, "width": 2}, None),
+    ([2, 3, 1, 1], {}, r"is no mean image: its shape is \(2, 3, 1, 1\)"),
+    ([6], {}, "is no mean image"), ([4], {}, "6 values where its shape")])
+@pytest.mark.parametrize("field", ["data", "double_data"])
+def test_mean_images_of_both_kinds(tmp_path, pb, field, shape, legacy,
+                                   message):
+    blob = pb.BlobProto(**legacy, **{field: [0, 0, 0, 0, 5, 7]})
+    blob.shape.dim.extend(shape)
+    (tmp_path / "mean").write_bytes(blob.SerializeToString())
+    layer = pb.LayerParameter(type="Data", transform_param={
+        "mean_file": str(tmp_path / "mean")})
+    if message:
+        with pytest.raises(UserError, match=message):
+            features.Preprocessing.of_layer(pb, layer)
+    else:
+        mean = features.Preprocessing.of_layer(pb, layer).mean
+        assert mean.dtype == np.float32
+        assert mean.tolist() == [[[0, 0]], [[0, 0]], [[5, 7]]]
 
 
 def test_a_net_that_was_dumped_in_training(pb):

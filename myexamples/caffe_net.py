@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 
-from caffe_proto import ROOT, UserError
+from caffe_proto import UserError, caffe_root
 
 
 class Caffe:
@@ -34,8 +34,7 @@ class Caffe:
             self.process = None
 
     def start(self):
-        root = os.path.abspath(os.environ.get("CAFFE_ROOT")
-                               or os.path.join(ROOT, "build", "caffe"))
+        root = caffe_root()
         if not os.path.exists(os.path.join(root, "python/caffe/_caffe.so")):
             raise UserError("no built pycaffe in %s: run cmake/build_caffe.sh, "
                             "or set CAFFE_ROOT to a Caffe with the plugin"

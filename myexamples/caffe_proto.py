@@ -29,6 +29,22 @@ def user_errors(stopped="stopped"):
         sys.exit(stopped)
 
 
+def found(path, *more):
+    """Where Caffe finds a path of a prototxt, or None.
+
+    It takes one from the folder that it runs in, which is the project's root
+    for the examples; more are other folders to look in.
+    """
+    places = [os.path.join(base, path) for base in ("", ROOT, *more)]
+    return next((place for place in places if os.path.exists(place)), None)
+
+
+def caffe_root():
+    """The folder of the Caffe with the plugin."""
+    return os.path.abspath(os.environ.get("CAFFE_ROOT")
+                           or os.path.join(ROOT, "build", "caffe"))
+
+
 def compile_proto(source, folder):
     """Makes caffe_pb2.py in folder from the caffe.proto at source."""
     try:
@@ -60,10 +76,9 @@ def load():
     initialises logging. Where pycaffe is not built (Make builds it apart from
     Caffe), it is made from caffe.proto, and nothing is left of that.
     """
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        ROOT, "build", "caffe")
-    folder = os.path.join(caffe_root, "python", "caffe", "proto")
-    source = os.path.join(caffe_root, "src", "caffe", "proto", "caffe.proto")
+    root = caffe_root()
+    folder = os.path.join(root, "python", "caffe", "proto")
+    source = os.path.join(root, "src", "caffe", "proto", "caffe.proto")
     if os.path.exists(os.path.join(folder, "caffe_pb2.py")):
         module = import_from(folder)
     elif os.path.exists(source):
@@ -72,11 +87,11 @@ def load():
             module = import_from(made)
     else:
         raise UserError("no Caffe in %s: run cmake/build_caffe.sh, or set "
-                        "CAFFE_ROOT to a Caffe with the plugin" % caffe_root)
+                        "CAFFE_ROOT to a Caffe with the plugin" % root)
     if not hasattr(module, "LargeMarginInnerProductParameter"):
         raise UserError("the Caffe in %s has no LargeMarginInnerProduct: run "
                         "caffe_patch/apply.sh on it and build it again"
-                        % caffe_root)
+                        % root)
     return module
 
 
@@ -138,12 +153,9 @@ def read_solver(pb, path):
     name = solver.net or solver.train_net
     if not name:
         raise UserError("%s names no net" % path)
-    # Caffe takes the name from the folder that it runs in, which is the
-    # project's root for the examples.
-    tried = [os.path.join(base, name) for base in ("", ROOT)]
-    for net in tried:
-        if os.path.exists(net):
-            return solver, read_text(net, pb.NetParameter())
+    net = found(name)
+    if net:
+        return solver, read_text(net, pb.NetParameter())
     raise UserError("%s names the net %s, which is not there: run this in the "
                     "folder that Caffe runs in" % (path, name))
 

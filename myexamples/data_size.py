@@ -1,9 +1,7 @@
 """How many samples a net trains on, for epochs."""
-import os
-
 import caffe_proto
 import lmdb_file
-from caffe_proto import ROOT, UserError
+from caffe_proto import UserError
 
 
 def list_lines(path):
@@ -54,13 +52,11 @@ def training_data(pb, net):
                 or not caffe_proto.in_phase(pb, net, layer, pb.TRAIN)):
             continue
         source, batch, samples = count(pb, layer)
-        # Caffe takes it from the folder that it runs in.
-        paths = [path for path in (source, os.path.join(ROOT, source))
-                 if os.path.exists(path)]
-        if not paths:
+        path = caffe_proto.found(source)
+        if not path:
             return Data(source, batch, None, "%s is not there" % source)
         try:
-            found = samples(paths[0])
+            found = samples(path)
         except UserError as error:
             return Data(source, batch, None, str(error))
         if found == 0 or batch == 0:

@@ -14,15 +14,14 @@ import numpy as np
 import caffe_model
 import caffe_proto
 import deploy_net
-from caffe_proto import ROOT, UserError
+from caffe_proto import UserError
 
 
 def load_pycaffe():
     """pycaffe, without its log on the screen."""
     os.environ.setdefault("GLOG_minloglevel", "2")
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        ROOT, "build", "caffe")
-    sys.path.insert(0, os.path.join(os.path.abspath(caffe_root), "python"))
+    caffe_root = caffe_proto.caffe_root()
+    sys.path.insert(0, os.path.join(caffe_root, "python"))
     try:
         import caffe
     except ImportError as error:
@@ -134,8 +133,8 @@ class Preprocessing:
         self.mean, self.scale, self.rgb = np.zeros(1, np.float32), 1.0, False
 
     @classmethod
-    def of_layer(cls, pb, layer):
-        """That of a data layer."""
+    def of_layer(cls, pb, layer, net_path):
+        """That of a data layer of the net at net_path."""
         self = cls()
         param = layer.transform_param
         self.scale = param.scale
@@ -159,15 +158,14 @@ class Preprocessing:
         if param.force_color or param.force_gray:
             self.channels = 3 if param.force_color else 1
         if param.mean_file:
-            self.set_mean_file(pb, param.mean_file)
+            self.set_mean_file(pb, param.mean_file, os.path.dirname(net_path))
         elif param.mean_value:
             self.mean = np.array(param.mean_value, np.float32)
         return self
 
-    def set_mean_file(self, pb, path):
+    def set_mean_file(self, pb, path, *folders):
         """Takes the mean image of a .binaryproto."""
-        if not os.path.exists(path):
-            path = os.path.join(ROOT, path)
+        path = caffe_proto.found(path, *folders) or path
         self.mean = caffe_model.read_mean(pb, path).astype(np.float32)
 
     def describe(self):
@@ -252,7 +250,8 @@ class Extractor:
                          net_path)
         self.source, self.input = _only_source(self.param, net_path, blob)
         self.weights = caffe_model.read(pb, model)
-        self.preprocessing = Preprocessing.of_layer(pb, self.source)
+        self.preprocessing = Preprocessing.of_layer(pb, self.source,
+                                                     net_path)
         if self.preprocessing.channels is None:
             self.preprocessing.channels = self._channels()
         self.net = None

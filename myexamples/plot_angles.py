@@ -72,7 +72,8 @@ def read(pb, path):
         if solver.test_net_param:
             net = solver.test_net_param[0]
         else:
-            net = caffe_proto.read_net(pb, found(solver.test_net[0]))
+            net = caffe_proto.read_net(pb, caffe_proto.found(
+                solver.test_net[0]) or solver.test_net[0])
     caffe_proto.check_upgraded(net, path)
     return net, solver.test_iter[0] if solver.test_iter else None
 
@@ -86,11 +87,6 @@ def is_like_net(path):
         return False
     return "net_param" not in text and bool(
         re.search(r"(?m)^\s*layers?\s*[:{]", text))
-
-
-def found(path):
-    """path as Caffe finds it from here or from the project's root."""
-    return path if os.path.exists(path) else os.path.join(ROOT, path)
 
 
 def find_layer(pb, net, path, name=None):
@@ -118,7 +114,7 @@ def check_sources(net):
                if getattr(layer, field).source]
     for source in sources:
         if not os.path.exists(source):
-            if not os.path.exists(os.path.join(ROOT, source)):
+            if not caffe_proto.found(source):
                 raise UserError("the net takes its data from %s, which is not "
                                 "there" % source)
             os.chdir(ROOT)

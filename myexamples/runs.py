@@ -312,9 +312,7 @@ class Progress:
 
 def train_all(runs, jobs):
     """Trains the runs that are not done yet, jobs of them at once."""
-    caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
-        ROOT, "build", "caffe")
-    caffe = os.path.join(os.path.abspath(caffe_root), "build/tools/caffe")
+    caffe = os.path.join(caffe_proto.caffe_root(), "build/tools/caffe")
     if not os.path.exists(caffe):
         raise UserError("%s is missing: run cmake/build_caffe.sh first"
                         % caffe)

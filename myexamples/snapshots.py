@@ -60,14 +60,12 @@ def model_of(pb, path):
 def check_state(pb, path):
     """Raises UserError where a solver state or its model is not whole."""
     name = model_of(pb, path)
-    bases = (os.curdir, caffe_proto.ROOT)
-    models = [os.path.join(base, name) for base in bases]
-    found = [model for model in models if os.path.exists(model)]
-    if not found:
+    model = caffe_proto.found(name)
+    if not model:
         raise caffe_proto.UserError(
             "%s is of the model %s, which is not there: run this in the "
             "folder that Caffe ran in" % (path, name))
-    check_model(pb, found[0])
+    check_model(pb, model)
 
 
 def newest(pb, folder):

@@ -74,3 +74,21 @@ def test_ctrl_c_is_one_word(tmp_path, script, waits_for, args):
     out = process.communicate(timeout=30)[0]
     os.close(writer)
     assert (process.returncode, out) == (1, "stopped\n")
+
+
+def test_found_from_here_the_root_and_other_folders(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/name").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(caffe_proto, "ROOT", str(tmp_path / "root"))
+    assert caffe_proto.found("name") is None
+    assert caffe_proto.found("name", "other") == "other/name"
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/name").touch()
+    assert caffe_proto.found("name", "other") == str(tmp_path / "root/name")
+    (tmp_path / "name").touch()
+    assert caffe_proto.found("name", "other") == "name"
+    monkeypatch.setenv("CAFFE_ROOT", "")
+    assert caffe_proto.caffe_root() == str(tmp_path / "root/build/caffe")
+    monkeypatch.setenv("CAFFE_ROOT", "other")
+    assert caffe_proto.caffe_root() == str(tmp_path / "other")

@@ -538,11 +538,22 @@ def test_mean_images_of_both_kinds(tmp_path, pb, field, shape, legacy,
         "mean_file": str(tmp_path / "mean")})
     if message:
         with pytest.raises(UserError, match=message):
-            features.Preprocessing.of_layer(pb, layer)
+            features.Preprocessing.of_layer(pb, layer, "net")
     else:
-        mean = features.Preprocessing.of_layer(pb, layer).mean
+        mean = features.Preprocessing.of_layer(pb, layer, "net").mean
         assert mean.dtype == np.float32
         assert mean.tolist() == [[[0, 0]], [[0, 0]], [[5, 7]]]
+
+
+def test_mean_image_beside_the_net(tmp_path, pb):
+    """As export_deploy.py finds it."""
+    (tmp_path / "mean").write_bytes(pb.BlobProto(
+        num=1, channels=1, height=1, width=1, data=[3]).SerializeToString())
+    layer = pb.LayerParameter(type="Data", transform_param={
+        "mean_file": "mean"})
+    found = features.Preprocessing.of_layer(
+        pb, layer, str(tmp_path / "net.prototxt"))
+    assert found.mean.tolist() == [[[3]]]
 
 
 def test_a_net_that_was_dumped_in_training(pb):

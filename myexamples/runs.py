@@ -323,6 +323,10 @@ def train_all(runs, jobs):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)
     total, finished, active = len(waiting), 0, {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # They end the runs, too. One that is ignored, as by nohup, stays so.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     left = Left(sum(run.solver.max_iter for run in waiting))
     progress = Progress()
     try:

@@ -153,6 +153,68 @@ def test_quick_goes_on_after_ctrl_c(mnist):
     assert "Iteration 0 " in log.read_text()
 
 
+@pytest.mark.parametrize("kill, number", [
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGHUP)])
+def test_quick_ended_by_a_signal_ends_caffe(mnist, kill, number):
+    """SIGHUP comes to all of its processes, where a terminal is closed."""
+    mnist.replace("mnist/quick_solver.prototxt", max_iter=100000,
+                  test_interval=100000, display=10, snapshot=100000)
+    out = mnist.path("mnist/quick_snapshot")
+    process = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    log = out / "train.log"
+    wait_for(lambda: log.exists() and "Iteration 10 " in log.read_text(),
+             process)
+    waiting = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    try:
+        for line in waiting.stdout:
+            if "waiting for another script" in line:
+                break
+        for name, pid in (("bash", process.pid), ("caffe", r"\d+")):
+            assert re.search(r"%s %s[,)]" % (name, pid), line), line
+    finally:
+        os.killpg(waiting.pid, signal.SIGKILL)
+        waiting.communicate()
+    kill(process.pid, number)
+    # Its end is that of all that writes to its output.
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number, text
+    assert "stopped early" in log.read_text().splitlines()[-2]
+    assert list(out.glob("*.solverstate"))
+    assert "Traceback" not in text
+
+
+def test_quick_stopped_before_a_snapshot(mnist):
+    """In the test before the first iteration."""
+    mnist.replace("mnist/quick_solver.prototxt", test_iter=100000)
+    mnist.replace("mnist/quick_solver.prototxt", test_initialization="true")
+    process = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    log = mnist.path("mnist/quick_snapshot/train.log")
+    wait_for(lambda: log.exists() and "Testing net" in log.read_text(),
+             process)
+    os.killpg(process.pid, signal.SIGINT)
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 1
+    assert lines[-1] == "train_quick.sh: error: stopped before the first " \
+        "snapshot: run this again"
+
+
+def test_comparison_ended_by_a_signal_ends_caffe(mnist):
+    mnist.replace("mnist/compare_solver.prototxt", max_iter=100000,
+                  test_interval=100000)
+    process = mnist.start("mnist/compare_margins.sh", "-m", "1", "2", "-s",
+                          "1", "-j", "2", env=mnist.env)
+    logs = [mnist.path("mnist/comparison/m%d_seed1/train.log" % margin)
+            for margin in (1, 2)]
+    wait_for(lambda: all(log.exists() and "Iteration 2 " in log.read_text()
+                         for log in logs), process)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    before = [log.stat().st_size for log in logs]
+    time.sleep(1)
+    assert [log.stat().st_size for log in logs] == before
+
+
 def test_quick_killed_before_a_snapshot_starts_again(mnist):
     process = mnist.start("mnist/train_quick.sh", env=mnist.env)
     log = mnist.path("mnist/quick_snapshot/train.log")
@@ -222,6 +284,8 @@ def test_quick_shows_the_error_of_caffe(mnist):
     assert "label" in done.stdout and "Check failed" not in done.stdout[:50]
     assert "caffe train failed; its whole log is myexamples/mnist/" \
         in done.stdout
+    # Caffe aborts; bash's words on that tell nothing.
+    assert "Abort" not in done.stdout, done.stdout
 
 
 def test_lmdb_is_made_whole_or_not_at_all(mnist):

@@ -86,16 +86,33 @@ class Row:
     margins maps LargeMarginInnerProduct layers to what they last logged before
     the row: {"angle_mean": 40.1, "segments": [0.5, 0.5], ...}. net is the
     index of the test net, time when the row was logged (seconds since 1970) or
-    None.
+    None. layers are those of all nets, as far as the log has them.
     """
 
-    def __init__(self, kind, iteration, net=0, at=None):
+    # Which top of which type of layer has a value.
+    _TOPS = {"accuracy": ("Accuracy", 0),
+             "lambda": ("LargeMarginInnerProduct", 1)}
+
+    def __init__(self, kind, iteration, net=0, at=None, layers=()):
         self.kind, self.iteration, self.net = kind, iteration, net
-        self.time = at
+        self.time, self.layers = at, layers
         self.values, self.losses, self.margins = {}, {}, {}
 
     def find(self, word):
-        """The first value whose name contains word in any case, or None."""
+        """The loss, accuracy, lambda or lr, or None.
+
+        A test's loss is the sum of its losses, as that of a train row is.
+        Where the log does not tell what a value is, the first one whose name
+        contains the word in any case counts.
+        """
+        if word == "loss" and self.kind == "test" and self.losses:
+            return sum(value * weight for value, weight
+                       in self.losses.values())
+        kind, at = self._TOPS.get(word, ("", 0))
+        for layer in self.layers:
+            if layer.type == kind and set(layer.tops[at:at + 1]) & set(
+                    self.values):
+                return self.values[layer.tops[at]]
         for name, value in self.values.items():
             if word in name.lower():
                 return value
@@ -146,19 +163,20 @@ def read_rows(lines, on_other=None):
 
     on_other, if given, is called with every line that belongs to no row.
     """
-    row, margins = None, {}
+    row, margins, head = None, {}, Head()
     for line in lines:
         loss, testing = _LOSS.search(line), _TESTING.search(line)
         if loss or testing:
             if row:
                 yield row
             if loss:
-                row = Row("train", int(loss[1]), at=_wall_time(line))
+                row = Row("train", int(loss[1]), at=_wall_time(line),
+                          layers=head.all_layers)
                 row.values["loss"] = float(loss[2])
                 row.margins, margins = margins, {}
             else:
                 row = Row("test", int(testing[1]), int(testing[2]),
-                          _wall_time(line))
+                          _wall_time(line), head.all_layers)
             continue
         output, rate = _OUTPUT.search(line), _RATE.search(line)
         margin = _MARGIN.search(line)
@@ -182,6 +200,7 @@ def read_rows(lines, on_other=None):
                 if row:
                     yield row
                 row, margins = None, {}  # of a training that was cut short
+            head.take(line)
             if on_other:
                 on_other(line)
     if row:
@@ -212,7 +231,7 @@ def restored(line):
 
 
 class Layer:
-    """A layer of the training net: its name, type, bottoms, tops, and the
+    """A layer of a net: its name, type, bottoms, tops, and the
     fields of its parameters, {"num_output": "10"}."""
 
     def __init__(self):
@@ -232,14 +251,14 @@ class Layer:
 
 class Head:
     """What the log says before the training begins: the solver's fields and
-    the layers of the training net."""
+    the layers of the training net (all_layers: of the test nets, too)."""
 
     _FIELD = re.compile(r"\s*(\w+): (.*)")
     _OPEN = re.compile(r"\s*(\w+) {")
 
     def __init__(self):
-        self.solver, self.layers = {}, []
-        self._part, self._path = None, []
+        self.solver, self.layers, self.all_layers = {}, [], []
+        self._part, self._path, self._nets = None, [], 0
 
     def take(self, line):
         """Takes a line that is part of no row."""
@@ -247,10 +266,11 @@ class Head:
             self._path = []
             if begins(line):
                 self._part = "solver"
-                self.solver, self.layers = {}, []
-            elif ("] Initializing net from parameters" in line
-                  and not self.layers):
+                self.solver, self.layers, self.all_layers = {}, [], []
+                self._nets = 0
+            elif "] Initializing net from parameters" in line:
                 self._part = "net"
+                self._nets += 1
             else:
                 self._part = None
             return
@@ -263,7 +283,9 @@ class Head:
         if opened:
             self._path.append(opened[1])
             if self._part == "net" and self._path == ["layer"]:
-                self.layers.append(Layer())
+                self.all_layers.append(Layer())
+                if self._nets == 1:
+                    self.layers.append(self.all_layers[-1])
         elif line.strip() == "}":
             del self._path[-1:]
         elif field:
@@ -271,7 +293,7 @@ class Head:
             if self._part == "solver" and not self._path:
                 self.solver.setdefault(field[1], value)
             elif self._part == "net" and self._path[:1] == ["layer"]:
-                self.layers[-1].take(self._path[1:], field[1], value)
+                self.all_layers[-1].take(self._path[1:], field[1], value)
 
     @property
     def max_iter(self):
@@ -317,7 +339,7 @@ class History:
         return self.tests.get(0, [])
 
     def curve(self, kind, word):
-        """(iterations, values) of the first value named like word."""
+        """(iterations, values) of what Row.find calls word."""
         rows = self.train if kind == "train" else self.test
         return self._points(rows, lambda row: row.find(word))
 

@@ -79,7 +79,9 @@ def test_cpu_and_snapshot_with_a_blank(mnist, cpu_only):
 
 @pytest.mark.parametrize("args, says", [
     (["more"], "unknown argument more"),
-    (["--cpu", "--gpu=0"], "--cpu and --gpu exclude each other")])
+    (["--cpu", "--gpu=0"], "--cpu and --gpu exclude each other"),
+    (["--cpu", "--solver=x"], "--solver is myexamples/mnist/mnist_solver"),
+    (["-solver", "x"], "--solver is myexamples/mnist/mnist_solver")])
 def test_bad_options(mnist, args, says):
     done = mnist.run(SCRIPT, *args, env=mnist.env)
     assert done.returncode in (1, 2) and says in done.stdout

@@ -77,7 +77,7 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     shown = [line.split()[:3] for line in lines
              if re.match(r" +\d+/20 +\d", line)]
     assert [row[0] for row in shown] == ["0/20", "5/20", "10/20", "15/20",
-                                         "20/20", "20/20"]
+                                         "20/20"]
     for row in shown[:4]:
         iteration = int(row[0].split("/")[0])
         assert float(row[2]) == pytest.approx(

@@ -153,6 +153,15 @@ def test_quick_goes_on_after_ctrl_c(mnist):
     assert "Iteration 0 " in log.read_text()
 
 
+def whole_output(process):
+    """What a script and all that it has started write to their end."""
+    try:
+        return process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 @pytest.mark.parametrize("kill, number", [
     (os.kill, signal.SIGTERM), (os.killpg, signal.SIGHUP)])
 def test_quick_ended_by_a_signal_ends_caffe(mnist, kill, number):
@@ -175,8 +184,7 @@ def test_quick_ended_by_a_signal_ends_caffe(mnist, kill, number):
         os.killpg(waiting.pid, signal.SIGKILL)
         waiting.communicate()
     kill(process.pid, number)
-    # Its end is that of all that writes to its output.
-    text = process.communicate(timeout=60)[0]
+    text = whole_output(process)
     assert process.returncode == 128 + number, text
     assert "stopped early" in log.read_text().splitlines()[-2]
     assert list(out.glob("*.solverstate"))
@@ -208,7 +216,7 @@ def test_comparison_ended_by_a_signal_ends_caffe(mnist):
     wait_for(lambda: all(log.exists() and "Iteration 2 " in log.read_text()
                          for log in logs), process)
     process.terminate()
-    process.communicate(timeout=60)
+    whole_output(process)
     assert process.returncode == 128 + signal.SIGTERM
     before = [log.stat().st_size for log in logs]
     time.sleep(1)

@@ -1,6 +1,7 @@
 """verify.py on pairs whose cosines are known, and its parts."""
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -351,8 +352,46 @@ def test_gpu_of_a_caffe_without(tmp_path, caffe_root):
     done = Net(tmp_path, 2).verify(path, "--gpu", 0)
     if "CPU-only" not in done.stdout:
         pytest.skip("this Caffe is built with CUDA")
-    assert done.returncode != 0
-    assert "Cannot use GPU in CPU-only Caffe" in done.stdout
+    assert done.returncode == 1
+    assert done.stdout == ("error: --gpu 0: Caffe says: Cannot use GPU in "
+                           "CPU-only Caffe: check mode.\n")
+
+
+def test_net_that_ends_caffe(tmp_path, caffe_root):
+    """Where the images are too small for it."""
+    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    net.path.write_text(net.path.read_text().replace(
+        'layer { name: "flat" type: "Flatten" bottom: "data"',
+        'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" '
+        "convolution_param { num_output: 1 kernel_size: 2 } }\n"
+        'layer { name: "flat" type: "Flatten" bottom: "conv"'))
+    done = net.verify(path)
+    assert done.returncode == 1
+    *lines, error = done.stdout.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("3 images: ")
+    assert re.fullmatch(
+        r"error: %s with images of 1 x 1 x 2 \(channels x height x width\): "
+        r"Caffe says of layer 'conv': Check failed: .+" % net.path, error)
+
+
+def test_ctrl_c_ends_both_processes():
+    """The one with pycaffe as well, and one of them speaks."""
+    code = ("import os, signal, sys, time; sys.path.insert(0, %r)\n"
+            "import caffe_net, caffe_proto\n"
+            "with caffe_proto.user_errors():\n"
+            "    caffe_net.guard()\n"
+            "    print(os.getpid(), flush=True)\n"
+            "    time.sleep(600)" % os.path.join(ROOT, "myexamples"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT)
+    child = int(process.stdout.readline())
+    assert child != process.pid
+    process.send_signal(signal.SIGINT)
+    # To the end of what both can write to.
+    assert process.communicate(timeout=30)[0] == "stopped\n"
+    assert process.returncode == 1
 
 
 def test_progress_on_long_lists(tmp_path, caffe_root):

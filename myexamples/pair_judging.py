@@ -140,7 +140,7 @@ def run_all(args, parts):
         pb, args.solver, os.path.join(output, name), margin, seed))
     runs.train_all(all_runs, args.jobs)
     rates = verify.false_rates(1e-4)
-    found = judge(pb, features.load_pycaffe(), all_runs, parts, rates)
+    found = judge(pb, features.start_pycaffe(), all_runs, parts, rates)
     for part, judgements in zip(parts, found):
         print("\n%s\n" % part.describe(args.seeds))
         print_table(judgements)

@@ -19,9 +19,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import caffe_model
+import caffe_net
 import caffe_proto
 import features
 import figures
+import lmdb_file
 import runs
 from caffe_proto import ROOT, UserError, user_errors
 
@@ -110,8 +112,11 @@ def find_layer(pb, net, path, name=None):
     raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
 
 
-def check_sources(net):
-    """Goes to the folder from which the data of the net are found."""
+def check_sources(pb, net):
+    """Goes to the folder from which the data of the net are found.
+
+    Raises UserError where an LMDB is none: Caffe would not name it.
+    """
     sources = [getattr(layer, field).source for layer in net.layer
                for field in ("data_param", "image_data_param",
                              "hdf5_data_param")
@@ -122,6 +127,11 @@ def check_sources(net):
                 raise UserError("the net takes its data from %s, which is not "
                                 "there" % source)
             os.chdir(ROOT)
+    for layer in net.layer:
+        param = layer.data_param
+        if param.source and param.backend == pb.DataParameter.LMDB and \
+                not lmdb_file.entries(param.source):
+            raise UserError("the LMDB %s is empty" % param.source)
 
 
 # ---- Angles ----
@@ -222,11 +232,12 @@ def run(args):
     models = [os.path.abspath(model) for model in args.models]
     output = os.path.abspath(args.output or os.path.splitext(
         os.path.basename(args.net))[0] + "_angles.png")
-    check_sources(cut)
-    caffe = features.load_pycaffe()
+    check_sources(pb, cut)
+    caffe = features.start_pycaffe()
     progress = runs.Progress()
     panels = []
     for shown, model in zip(args.models, models):
+        caffe_net.about("%s with %s" % (args.net, shown))
         trained = features.load_net(caffe, cut,
                                     caffe_model.read(pb, model))
         weights = trained.params[layer.name][0].data

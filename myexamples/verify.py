@@ -27,6 +27,7 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 
+import caffe_net
 import caffe_proto
 import features
 import figures
@@ -334,8 +335,9 @@ def run(args):
         raise UserError("no such image: %s (%d of %d are missing; --root and "
                         "--extension say where they are)"
                         % (missing[0], len(missing), len(pairs.paths)))
-    caffe = features.load_pycaffe()
+    caffe = features.start_pycaffe()
     if args.gpu is not None:
+        caffe_net.about("--gpu %d" % args.gpu)
         caffe.set_device(args.gpu)
         caffe.set_mode_gpu()
     extractor = features.Extractor(pb, caffe, args.net, args.model, args.blob,

@@ -18,9 +18,10 @@ from PIL import Image  # matplotlib needs it too
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+import caffe_net  # noqa: E402
 import caffe_proto  # noqa: E402
 import runs  # noqa: E402
-from features import load_pycaffe  # noqa: E402
+from features import start_pycaffe  # noqa: E402
 from figures import plt  # noqa: E402
 
 SOLVER = os.path.join(HERE, "mnist_2d_solver.prototxt")
@@ -69,6 +70,7 @@ def features_of(caffe, pb, run):
         file.write(text_format.MessageToString(net_proto))
     found = []
     for path in (on_training, os.path.join(run.path, "net.prototxt")):
+        caffe_net.about(path)
         net = caffe.Net(path, caffe.TEST, weights=run.model)
         found.append(Features(
             net, run.solver.test_iter[0] * sources[pb.TEST].batch_size))
@@ -157,7 +159,7 @@ def run_all(args):
     first = all_runs[:len(args.margins)]
     images = first[0].dataset() or "images of your own"
     paper = PAPER if images == "MNIST" else {}
-    caffe = load_pycaffe()
+    caffe = start_pycaffe()
     # Where the paths of the nets are meant from.
     os.chdir(caffe_proto.ROOT)
     caffe.set_mode_cpu()

@@ -171,7 +171,7 @@ def test_mistakes(tmp_path, caffe_root, monkeypatch, change, args, message):
     (None, "No such file or directory"),
     (b"", "is empty"),
     (b"no database" * 999, "MDB_INVALID: File is not an LMDB file"),
-])
+], ids=["no file", "no entry", "junk"])
 def test_data_that_are_no_lmdb(tmp_path, caffe_root, data, message):
     net = Net(tmp_path)
     db = tmp_path / "lmdb"

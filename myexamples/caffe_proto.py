@@ -19,14 +19,33 @@ class UserError(Exception):
 def user_errors(stopped="stopped"):
     """Ends the program with one line where its user can help.
 
-    A UserError's, or stopped at Ctrl-C.
+    A UserError's, or stopped at Ctrl-C; with none where the reader of a pipe
+    has gone.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.exit("error: %s" % error)
     except KeyboardInterrupt:
         sys.exit(stopped)
+    except BrokenPipeError:
+        # `| head` has seen enough. At its end Python would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _hook(kind, error, trace, shown=sys.excepthook):
+    """Makes one word of a Ctrl-C, too, that comes while modules load."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        shown(kind, error, trace)
+
+
+sys.excepthook = _hook
 
 
 def compile_proto(source, folder):

@@ -14,10 +14,12 @@ import os
 import re
 import struct
 
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import UserError, user_errors
+
 import numpy as np
 
 from caffe_model import read_bytes, text
-from caffe_proto import UserError, user_errors
 
 
 def parse_args():

@@ -30,10 +30,12 @@ found by its name. A BatchNorm without a Scale becomes a BN of slope 1.
 import argparse
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import numpy as np
 
 import caffe_model
-import caffe_proto
 from bn_dialect import EPS, inverse_std, moving_variance, speaks_against, \
     check_statistics
 from caffe_proto import UserError, user_errors

@@ -15,12 +15,14 @@ import argparse
 import os
 import re
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 import caffe_model
 import caffe_net
-import caffe_proto
 import features
 import figures
 import lmdb_file

@@ -19,9 +19,11 @@ import argparse
 import math
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import matplotlib.pyplot as plt
 
-import caffe_proto
 import data_size
 import figures
 from caffe_proto import (

@@ -6,11 +6,13 @@ training sees at that lambda.
 """
 import argparse
 
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import user_errors
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from caffe_proto import user_errors
 
 
 def psi(theta, m):

@@ -65,6 +65,8 @@ def errors():
     with user_errors("stopped; run this again to go on"):
         try:
             yield
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise UserError("cannot write: %s" % error)
 

@@ -93,7 +93,7 @@ def main():
         return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    try:
+    with caffe_proto.user_errors():
         pb = caffe_proto.load()
         for path in sys.argv[1:]:
             if os.path.isdir(path):
@@ -107,8 +107,6 @@ def main():
                 check_model(pb, path)
             if path:
                 print(path)
-    except caffe_proto.UserError as error:
-        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ the options replace; a deploy net says nothing of mean and scale.
 import argparse
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 import caffe_net
-import caffe_proto
 import features
 import figures
 import runs

@@ -16,13 +16,15 @@ the characters of the test alone.
 import os
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import UserError  # noqa: E402
+
+import numpy as np  # noqa: E402
+
 import pair_judging  # noqa: E402
 import runs  # noqa: E402
-from caffe_proto import UserError  # noqa: E402
 
 DRAWN = os.path.join(HERE, "drawn", "pairs.npz")
 # Sets of draw_characters.py, and what is said of them.

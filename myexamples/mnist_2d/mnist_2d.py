@@ -12,14 +12,16 @@ import os
 import statistics
 import sys
 
-import numpy as np
-from matplotlib.patheffects import withStroke
-from PIL import Image  # matplotlib needs it too
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
-import caffe_net  # noqa: E402
+# First: Ctrl-C is quiet from here on.
 import caffe_proto  # noqa: E402
+
+import numpy as np  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
+from PIL import Image  # noqa: E402  (matplotlib needs it too)
+
+import caffe_net  # noqa: E402
 import runs  # noqa: E402
 from features import start_pycaffe  # noqa: E402
 from figures import plt  # noqa: E402

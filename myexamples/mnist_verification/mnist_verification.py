@@ -15,6 +15,8 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
+import caffe_proto  # noqa: E402
 import pair_judging  # noqa: E402
 import runs  # noqa: E402
 import split_digits  # noqa: E402

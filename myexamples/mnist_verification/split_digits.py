@@ -14,11 +14,12 @@ import re
 import struct
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
 from caffe_proto import UserError  # noqa: E402
+
+import numpy as np  # noqa: E402
 
 ENDS = ("-images-idx3-ubyte", "-labels-idx1-ubyte")
 MAGIC = {1: 2049, 3: 2051}

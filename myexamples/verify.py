@@ -22,6 +22,7 @@ through what its data layer in the TEST phase says (mean, scale, crop), which
 the options replace; a deploy net says nothing of mean and scale.
 """
 import argparse
+import math
 import os
 
 # First: Ctrl-C is quiet from here on.
@@ -84,6 +85,10 @@ def parse_args():
     parser.add_argument("-o", "--output", metavar="PNG", help="default: the "
                         "name of PAIRS with _roc.png, in this folder")
     args = parser.parse_args()
+    if args.scale is not None and not (args.scale and
+                                       math.isfinite(args.scale)):
+        parser.error("--scale %g: it must be a finite number other than 0"
+                     % args.scale)
     if args.batch < 1:
         parser.error("--batch is at least 1")
     if args.size and (len(args.size) > 2 or min(args.size) < 1):
@@ -325,6 +330,9 @@ def set_options(pb, args, preprocessing):
                 raise UserError("--mean %s: neither numbers nor one file"
                                 % " ".join(args.mean))
             preprocessing.set_mean_file(pb, args.mean[0])
+        if not np.isfinite(preprocessing.mean).all():
+            raise UserError("--mean %s: it must be finite"
+                            % " ".join(args.mean))
     preprocessing.check()
 
 
@@ -361,6 +369,11 @@ def run(args):
               "first): their cosines are taken as 0"
               % (len(empty), "s"[len(empty) == 1:], empty[0]))
     scores = cosines(rows, pairs.first, pairs.second)
+    # Rates would be those of the rounding.
+    if np.ptp(scores) < 1e-6:
+        raise UserError("the cosine of every pair is %.3f: the features of "
+                        "blob \"%s\" tell nothing apart"
+                        % (scores[0], args.blob))
     report(args, pairs, scores)
 
 

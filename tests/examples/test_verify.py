@@ -330,9 +330,11 @@ def test_tool_on_a_plain_list_with_options(tmp_path, caffe_root):
     assert "TAR at FAR 50 %: 100.00 % (1 pairs" in done.stdout
     assert (tmp_path / "x.pdf").exists()
 
+    # All features with the same direction, but for one that is turned round.
+    path = plain_list(tmp_path, [[10, 20]], [[0, 0]], [[20, 10]])
     flipped = net.verify(path, "--mean", 10, "--flip")
     assert "mean of image and mirror image" in flipped.stdout
-    assert "different persons, 1.000" in flipped.stdout
+    assert "cosine -1.000; 1 of different persons, 1.000" in flipped.stdout
 
 
 def test_hdf5_model(tmp_path, caffe_root):
@@ -341,10 +343,10 @@ def test_hdf5_model(tmp_path, caffe_root):
     net = Net(tmp_path, 2)
     net.model = tmp_path / "a.caffemodel.h5"
     with h5py.File(str(net.model), "w") as file:
-        file["data/ip/0"] = np.array([[1, 0], [0, 0]], np.float32)
+        file["data/ip/0"] = np.array([[1, -1], [0, 0]], np.float32)
     done = net.verify(path)
     assert done.returncode == 0, done.stdout
-    assert "cosine 1.000; 1 of different persons, 1.000" in done.stdout
+    assert "cosine 1.000; 1 of different persons, -1.000" in done.stdout
 
 
 def test_gpu_of_a_caffe_without(tmp_path, caffe_root):
@@ -418,6 +420,7 @@ MISTAKES = [
     (["--mean", "1", "2"], "2 mean values for images of 1 channel"),
     (["--mean", "none.binaryproto"], "none.binaryproto cannot be read"),
     (["--mean", "1", "x"], "--mean 1 x: neither numbers nor one file"),
+    (["--mean", "nan"], "--mean nan: it must be finite"),
     (["--size", "4"], 'layer "ip": the net has weights of 32 numbers'),
     (["--root", "/none"], "no such image: /none/0.png (3 of 3 are missing"),
     (["-o", "/none/x.png"], "cannot write /none/x.png"),
@@ -430,6 +433,29 @@ def test_mistakes(tmp_path, caffe_root):
     found = net.errors([[path, *args] for args, _ in MISTAKES])
     for error, (_, message) in zip(found, MISTAKES):
         assert message in error
+    assert not (tmp_path / "list_roc.png").exists()
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "0"])
+def test_scale_that_leaves_nothing(tmp_path, monkeypatch, capsys, scale):
+    monkeypatch.setattr(sys, "argv", ["verify.py", "net", "model", "pairs",
+                                      "--blob", "ip", "--scale", scale])
+    with pytest.raises(SystemExit):
+        verify.main()
+    assert "error: --scale %s: it must be a finite number other than 0" \
+        % scale in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, cosine", [(1, "1.000"), (0, "0.000")])
+def test_features_that_tell_nothing_apart(tmp_path, caffe_root, value, cosine):
+    path = plain_list(tmp_path, [[10, 20]], [[30, 40]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    net.write({"ip": np.array([[value, value], [0, 0]])})
+    done = net.verify(path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == (
+        'error: the cosine of every pair is %s: the features of blob "ip" '
+        "tell nothing apart" % cosine)
     assert not (tmp_path / "list_roc.png").exists()
 
 

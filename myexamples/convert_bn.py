@@ -72,7 +72,8 @@ def parse_args(argv=None):
     if args.source == args.target:
         parser.error("--from and --to are both %s" % args.source)
     if args.eps is not None and not 0 <= args.eps < 1e30:
-        parser.error("--eps %g: it must be at least 0" % args.eps)
+        parser.error("--eps %g: it must be at least 0 and below 1e30"
+                     % args.eps)
     if args.axes and args.target != "variance":
         parser.error("--axes is for --to variance")
     args.axes = args.axes or 2

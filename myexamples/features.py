@@ -15,7 +15,6 @@ import caffe_model
 import caffe_net
 import caffe_proto
 import deploy_net
-import snapshots
 from caffe_proto import ROOT, UserError
 
 
@@ -175,7 +174,7 @@ class Preprocessing:
         """Takes the mean image of a .binaryproto."""
         if not os.path.exists(path):
             path = os.path.join(ROOT, path)
-        blob = snapshots.read(pb.BlobProto(), path)
+        blob = caffe_proto.read_binary(path, pb.BlobProto(), ".binaryproto")
         shape = tuple(blob.shape.dim) or (blob.channels, blob.height,
                                           blob.width)
         shape = shape[-3:]

@@ -197,12 +197,12 @@ def candidate(text):
                             % (text, name, ", ".join(FIELDS)))
         if name in fields:
             raise UserError("--compare %s: %s is there twice" % (text, name))
+        whole = name in ("margin", "iteration")
         try:
-            fields[name] = (int if name in ("margin", "iteration")
-                            else float)(value)
+            fields[name] = (int if whole else float)(value)
         except ValueError:
-            raise UserError("--compare %s: %s is \"%s\": a number is wanted"
-                            % (text, name, value))
+            raise UserError("--compare %s: %s is \"%s\": a %snumber is wanted"
+                            % (text, name, value, "whole " * whole))
     return fields
 
 

@@ -7,7 +7,7 @@ training sees at that lambda.
 import argparse
 
 # First: Ctrl-C is quiet from here on.
-from caffe_proto import user_errors
+from caffe_proto import MAX_MARGIN, user_errors
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,11 +32,12 @@ def parse_args():
                         help="default: psi.png")
     args = parser.parse_args()
     for m in args.m:
-        if m < 1:
-            parser.error("-m %d: the margin is at least 1" % m)
+        if not 1 <= m <= MAX_MARGIN:
+            parser.error("-m %d: a margin is from 1 to %d" % (m, MAX_MARGIN))
     for value in args.lambdas:
         if not 0 <= value < float("inf"):
-            parser.error("--lambda %g: lambda is at least 0" % value)
+            parser.error("--lambda %g: lambda is finite and at least 0"
+                         % value)
     return args
 
 

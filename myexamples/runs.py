@@ -15,7 +15,7 @@ import time
 import caffe_log
 import caffe_proto
 import snapshots
-from caffe_proto import ROOT, UserError, user_errors
+from caffe_proto import MAX_MARGIN, ROOT, UserError, user_errors
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -47,8 +47,12 @@ def parser(description, solver, output, seeds):
 def parse(options):
     """The arguments of such a parser, checked; margins rise."""
     args = options.parse_args()
-    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
-        options.error("margins, seeds and jobs are at least 1")
+    if args.seeds < 1 or args.jobs < 1:
+        options.error("seeds and jobs are at least 1")
+    for margin in args.margins:
+        if not 1 <= margin <= MAX_MARGIN:
+            options.error("-m %d: a margin is from 1 to %d"
+                          % (margin, MAX_MARGIN))
     args.margins = sorted(set(args.margins))
     return args
 

@@ -332,6 +332,7 @@ solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
     ("gamma: -1", "", "layer lm: largemargin_inner_product_param.gamma is -1"),
     ("base: nan", "", "largemargin_inner_product_param.base is nan"),
     ("margin: 0", "", "largemargin_inner_product_param.margin is 0"),
+    ("margin: 1001", "", "margin is 1001: it must be from 1 to 1000"),
     (GOOD, "iter_size: 0", "iter_size is 0"),
     (GOOD, "max_iter: 0", "max_iter is 0"),
     (GOOD, 'lr_policy: "up"', 'lr_policy "up" is none of Caffe\'s'),
@@ -360,6 +361,10 @@ def test_missing_files(solver, tmp_path):
     done = plot_lambda(tmp_path / "none.prototxt")
     assert done.returncode == 1 and "error: cannot read" in done.stdout
     path = solver(GOOD)
+    binary = tmp_path / "a.caffemodel"
+    binary.write_bytes(b"\n\x02ip\xff\xfe")
+    assert plot_lambda(binary).stdout == (
+        "error: %s is no prototxt: it is no text\n" % binary)
     (tmp_path / "a net.prototxt").unlink()
     done = plot_lambda(path)
     assert done.returncode == 1 and "which is not there" in done.stdout
@@ -516,7 +521,10 @@ def test_a_candidate_is_drawn_over_the_net(solver, pb):
      "param.gamma is -1"),
     ("margin=0", "largemargin_inner_product_param.margin is 0"),
     ("margin=-1", "--compare margin=-1: "),
-    ("margin=2.5", '--compare margin=2.5: margin is "2.5"'),
+    ("margin=2.5", '--compare margin=2.5: margin is "2.5": a whole number is '
+     "wanted"),
+    ("margin=100000", "margin is 100000: it must be from 1 to 1000"),
+    ("base=inf", "base is inf: it must be finite and at least 0"),
 ])
 def test_mistakes_in_what_is_compared(solver, pb, other, says):
     import plot_lambda as tool
@@ -686,5 +694,8 @@ def test_psi_plot(tmp_path):
     done = run("plot_psi.py", "-m", 2, 4, "--lambda", 0, 5, "-o", png)
     assert done.returncode == 0, done.stdout
     assert Image.open(str(png)).size == (600, 450)
-    assert run("plot_psi.py", "-m", 0, "-o", png).returncode != 0
+    for m in (0, 1001):
+        done = run("plot_psi.py", "-m", m, "-o", png)
+        assert done.returncode == 2
+        assert "-m %d: a margin is from 1 to 1000" % m in done.stdout
     assert run("plot_psi.py", "-l", "-1", "-o", png).returncode != 0

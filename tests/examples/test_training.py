@@ -354,7 +354,9 @@ def test_comparison(mnist):
 
 @pytest.mark.parametrize("args, message", [
     (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
-    (["--seeds", "0"], "margins, seeds and jobs are at least 1"),
+    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["-m", "1", "0"], "-m 0: a margin is from 1 to 1000"),
+    (["-m", "2000"], "-m 2000: a margin is from 1 to 1000"),
     (["--solver", "none.prototxt"], "cannot read none.prototxt"),
 ])
 def test_comparison_of_nonsense(tree, args, message):

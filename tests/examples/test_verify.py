@@ -418,7 +418,7 @@ MISTAKES = [
     (["--blob", "loss"], 'the blob "loss" of'),
     (["--blob", "label"], "does not come from images alone"),
     (["--mean", "1", "2"], "2 mean values for images of 1 channel"),
-    (["--mean", "none.binaryproto"], "none.binaryproto cannot be read"),
+    (["--mean", "none.binaryproto"], "none.binaryproto: No such file or directory"),
     (["--mean", "1", "x"], "--mean 1 x: neither numbers nor one file"),
     (["--mean", "nan"], "--mean nan: it must be finite"),
     (["--size", "4"], 'layer "ip": the net has weights of 32 numbers'),

@@ -316,8 +316,18 @@ class Progress:
         print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
 
 
-def train_all(runs, jobs):
-    """Trains the runs that are not done yet, jobs of them at once."""
+def need(path, script):
+    """Raises UserError where what a script gets is not there."""
+    if not os.path.exists(path):
+        raise UserError("%s is missing: run %s, which gets what is needed"
+                        % (from_root(path), script))
+
+
+def train_all(runs, jobs, script):
+    """Trains the runs that are not done yet, jobs of them at once.
+
+    script is the one that gets their images.
+    """
     caffe_root = os.environ.get("CAFFE_ROOT") or os.path.join(
         ROOT, "build", "caffe")
     caffe = os.path.join(os.path.abspath(caffe_root), "build/tools/caffe")
@@ -325,6 +335,9 @@ def train_all(runs, jobs):
         raise UserError("%s is missing: run cmake/build_caffe.sh first"
                         % caffe)
     waiting = [run for run in runs if not run.is_done()]
+    for source in dict.fromkeys(layer.data_param.source for run in waiting
+                                for layer in run.net.layer):
+        need(os.path.join(ROOT, source), script)
     if len(waiting) < len(runs):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)

@@ -26,6 +26,7 @@ import runs  # noqa: E402
 from features import start_pycaffe  # noqa: E402
 from figures import plt  # noqa: E402
 
+SCRIPT = "myexamples/mnist_2d/train_2d.sh"
 SOLVER = os.path.join(HERE, "mnist_2d_solver.prototxt")
 # Test accuracy in percent, from figure 2 of the paper.
 PAPER = {1: 98.45, 2: 98.96, 3: 99.22, 4: 99.34}
@@ -157,7 +158,7 @@ def run_all(args):
     output = os.path.abspath(args.output)
     all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
         pb, args.solver, os.path.join(output, name), margin, seed))
-    runs.train_all(all_runs, args.jobs)
+    runs.train_all(all_runs, args.jobs, SCRIPT)
     first = all_runs[:len(args.margins)]
     images = first[0].dataset() or "images of your own"
     paper = PAPER if images == "MNIST" else {}

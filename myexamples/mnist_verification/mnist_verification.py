@@ -21,6 +21,7 @@ import pair_judging  # noqa: E402
 import runs  # noqa: E402
 import split_digits  # noqa: E402
 
+SCRIPT = "myexamples/mnist_verification/train_verification.sh"
 # Of the pairs: what is said of their digits, and which these are.
 PAIRS = {"never trained on": (5, 9), "trained on": (0, 4)}
 
@@ -38,10 +39,12 @@ def parse_args():
 def main():
     with runs.errors():
         args = parse_args()
+        for end in split_digits.ENDS:
+            runs.need(args.images + end, SCRIPT)
         pair_judging.run_all(args, [
             pair_judging.Part("digits %d to %d, %s" % (digits + (what,)),
                               *split_digits.read(args.images, *digits))
-            for what, digits in PAIRS.items()])
+            for what, digits in PAIRS.items()], SCRIPT)
 
 
 if __name__ == "__main__":

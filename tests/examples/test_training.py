@@ -1,5 +1,6 @@
 """The training scripts, with the built Caffe and little data."""
 import contextlib
+import gzip
 import os
 import re
 import shutil
@@ -364,6 +365,36 @@ def test_comparison_of_nonsense(tree, args, message):
     assert done.returncode != 0
     assert message in done.stdout and "Traceback" not in done.stdout
     assert not tree.path("mnist/comparison").exists()
+
+
+@pytest.mark.parametrize("program, args, lacks, script", [
+    ("mnist/compare_margins.py", [], "mnist/mnist_train_lmdb",
+     "mnist/compare_margins.sh"),
+    ("mnist/compare_margins.py", ["--validation"], "mnist/mnist_fit_lmdb",
+     "mnist/compare_margins.sh --validation"),
+    ("mnist_2d/mnist_2d.py", [], "mnist/mnist_train_lmdb",
+     "mnist_2d/train_2d.sh"),
+    ("mnist_verification/mnist_verification.py", [],
+     "mnist/data/t10k-images-idx3-ubyte",
+     "mnist_verification/train_verification.sh"),
+    ("mnist_verification/mnist_verification.py", ["--images", "{}/x"],
+     "mnist_verification/train_lmdb",
+     "mnist_verification/train_verification.sh"),
+    ("kanji_verification/kanji_verification.py", [],
+     "kanji_verification/drawn/pairs.npz",
+     "kanji_verification/train_kanji.sh"),
+])
+def test_without_the_images(tree, tmp_path, program, args, lacks, script):
+    """Before anything is trained, it is said how to get them."""
+    for name, data in small_mnist(test=20).items():
+        if name.startswith("t10k"):
+            (tmp_path / name.replace("t10k", "x").replace(".gz", "")
+             ).write_bytes(gzip.decompress(data))
+    done = tree.run(program, *[arg.format(tmp_path) for arg in args])
+    assert (done.returncode, done.stdout) == (
+        1, "error: myexamples/%s is missing: run myexamples/%s, which gets "
+        "what is needed\n" % (lacks, script))
+    assert not list(tree.root.rglob("train.log"))
 
 
 def test_paired_difference_and_its_interval():

@@ -178,9 +178,12 @@ def sample(net, blobs, iterations, progress):
 
 
 def describe(pb, model, layer):
-    """(m as text, lambda at the end or None) of what the model was."""
+    """(m as text, lambda at the end or None) of what the model was.
+
+    The text is empty where the model does not tell.
+    """
     if caffe_model.is_hdf5(model):  # which has no parameters
-        return os.path.basename(model), None
+        return "", None
     for candidate in caffe_model.read_net(pb, model).layer:
         if candidate.name != layer:
             continue
@@ -194,30 +197,31 @@ def describe(pb, model, layer):
             max(param.lambda_min, param.base * (
                 1 + param.gamma * param.passes) ** -param.power)
             if param.HasField("passes") else None)
-    return os.path.basename(model), None
+    return "", None
 
 
 def draw(panels, title):
-    """A figure of (name, Angles), one below the other."""
+    """A figure of (model, what it was, Angles), one below the other."""
     figure, axes = plt.subplots(len(panels), 1, sharex=True, sharey=True,
                                 squeeze=False, constrained_layout=True,
                                 figsize=(8, 1 + 2.4 * len(panels)))
-    last = max(angles.other.max() for _, angles in panels)
+    last = max(angles.other.max() for _, _, angles in panels)
     bins = np.arange(0, min(180, last + 2) + 1, 1.5)
-    for axis, (name, angles) in zip(axes[:, 0], panels):
+    for axis, (model, name, angles) in zip(axes[:, 0], panels):
         for label, values, colour in (
-                ("own class", angles.own, "tab:blue"),
-                ("nearest other class", angles.other, "tab:orange")):
+                ("own class", angles.own, figures.COLOURS[0]),
+                ("nearest other class", angles.other, figures.COLOURS[1])):
             axis.hist(values, bins, alpha=0.6, color=colour, label=label,
                       weights=np.full(len(values), 100 / len(values)))
             axis.axvline(np.median(values), color=colour, linewidth=1)
         axis.set_ylabel("% of samples")
-        axis.set_title("%s, median gap %.1f degrees" % (
-            name, np.median(angles.gap())))
+        axis.set_title("%s: %smedian gap %.1f degrees" % (
+            figures.shortened(model, 50), name and name + ", ",
+            np.median(angles.gap())), fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center")
     axes[-1, 0].set_xlabel("angle between features and class weights, degrees")
-    figure.suptitle(title)
+    figure.suptitle(figures.shortened(title))
     return figure
 
 
@@ -257,9 +261,9 @@ def run(args):
             raise UserError("%s: no sample has features and a label of the %d "
                             "classes" % (shown, len(weights)))
         name, last = describe(pb, model, layer.name)
-        panels.append((name, angles))
-        progress.say("%s: %s%s" % (shown, name, "" if last is None else
-                                   ", lambda %.3g at the end" % last))
+        panels.append((shown, name, angles))
+        progress.say(shown + (name and ": " + name) + (
+            "" if last is None else ", lambda %.3g at the end" % last))
         print("    %d samples%s: own class %.1f, nearest other class %.1f "
               "degrees (medians); median gap %.1f" % (
                   len(angles.own), " (%d without a class or with features of "

@@ -87,7 +87,7 @@ def draw(history, title):
     axes[-1, 0].set_xlabel("iteration")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1, 0].ticklabel_format(axis="x", useOffset=False, style="plain")
-    figure.suptitle(title)
+    figure.suptitle(figures.shortened(title))
     return figure
 
 

@@ -407,10 +407,12 @@ def report(args, pairs, scores):
     output = args.output or stem + "_roc.png"
     figure, axis = plt.subplots(figsize=(6, 5), constrained_layout=True)
     rates = false_rates(min(1 / negative, 0.1))
-    draw_roc(axis, rates, [(os.path.basename(args.model),
-                            [roc.tar_at(rates)])])
-    axis.set_title("%s, EER %.2f %%" % (os.path.basename(args.pairs),
-                                        100 * roc.eer()))
+    draw_roc(axis, rates, [(
+        figures.shortened(os.path.basename(args.model), 40),
+        [roc.tar_at(rates)])])
+    axis.set_title("%s, EER %.2f %%" % (
+        figures.shortened(os.path.basename(args.pairs), 40),
+        100 * roc.eer()))
     figures.save(figure, output)
 
 

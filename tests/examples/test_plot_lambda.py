@@ -670,10 +670,10 @@ def test_psi_is_continuous_and_falls():
 
 
 @pytest.mark.parametrize("lambdas, axis_name, names", [
-    ([0], "psi(theta)", ["m = 4", "m = 1"]),
+    ([0], "psi(theta)", ["m = 1", "m = 4"]),
     ([0, 5], "(lambda cos(theta) + psi(theta)) / (1 + lambda)",
-     ["m = 4, lambda = 0", "m = 4, lambda = 5", "m = 1, lambda = 0",
-      "m = 1, lambda = 5"]),
+     ["m = 1, lambda = 5", "m = 1, lambda = 0", "m = 4, lambda = 5",
+      "m = 4, lambda = 0"]),
 ])
 def test_psi_names_its_curves_where_they_end(lambdas, axis_name, names):
     from plot_psi import draw
@@ -684,9 +684,9 @@ def test_psi_names_its_curves_where_they_end(lambdas, axis_name, names):
     assert sorted(text.xy[1] for text in axis.texts) == sorted(ends)
     # At the curve of that name, and not on each other.
     places = [text.get_position()[1] for text in axis.texts]
-    assert min(np.diff(places)) > 0.3
+    assert max(np.diff(places)) < -0.3
     for text, place in zip(axis.texts, places):
-        assert text.xy[1] <= place < text.xy[1] + 1
+        assert text.xy[1] >= place > text.xy[1] - 1
 
 
 def test_psi_plot(tmp_path):
@@ -699,3 +699,24 @@ def test_psi_plot(tmp_path):
         assert done.returncode == 2
         assert "-m %d: a margin is from 1 to 1000" % m in done.stdout
     assert run("plot_psi.py", "-l", "-1", "-o", png).returncode != 0
+
+
+def test_psi_of_many_margins_and_lambdas(tmp_path):
+    """Each curve has a look of its own and its name in the picture."""
+    from plot_psi import draw
+    figure = draw([1, 2, 3, 4], [0, 1, 3, 10])
+    figure.canvas.draw()
+    axis, = figure.axes
+    looks = {(line.get_color(), line.get_linestyle())
+             for line in axis.get_lines()}
+    assert len(looks) == len(axis.get_lines()) == len(axis.texts) == 16
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert axis.bbox.y0 < box.y0 < box.y1 < axis.bbox.y1
+        assert box.x1 < figure.bbox.x1
+    for args in (["-m", *range(1, 6), "-l", 0, 1, 3, 10],
+                 ["-m", *range(1, 9)], ["-m", 2, "-l", 0, 1, 2, 3, 4]):
+        done = run("plot_psi.py", *args, "-o", tmp_path / "x.png")
+        assert done.returncode == 2
+        assert ("a plot takes 7 margins, 4 values of lambda and 16 curves at "
+                "most") in done.stdout

@@ -488,7 +488,22 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
     assert refused.returncode == 1
     assert "mnist_fit_lmdb is not made from the images of myexamples/mnist/" \
         "mnist_train_lmdb: move it away" in refused.stdout
+    # Nor is one moved away that cannot be read.
+    (here / "mnist_fit_lmdb/dataset.txt").unlink()
+    (here / "mnist_fit_lmdb/dataset.txt").mkdir()
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: cannot read which images myexamples/mnist/mnist_fit_lmdb and "
+        r"myexamples/mnist/mnist_train_lmdb hold: cmp: .*: Is a directory\n",
+        refused.stdout)
     assert not (here / "mnist_validation_lmdb").exists()
+
+
+def test_validation_takes_no_argument(tree):
+    done = tree.run("mnist/create_validation.sh", "--fashion")
+    assert done.returncode == 2
+    assert "unknown argument --fashion" in done.stdout
 
 
 def test_2d_features(mnist):

@@ -30,6 +30,8 @@ import runs
 from caffe_proto import ROOT, UserError, user_errors
 
 BATCHES = 100
+WITH_WEIGHTS = ("Convolution", "Deconvolution", "InnerProduct",
+                "LargeMarginInnerProduct")
 
 
 def parse_args():
@@ -112,6 +114,23 @@ def find_layer(pb, net, path, name=None):
                                                        pb.TEST):
             return layer
     raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
+
+
+def check_classes(pb, net, path, layer):
+    """Raises UserError where another layer with weights follows on layer:
+    what that one has are no class weights."""
+    made = None
+    for other in net.layer:
+        if not caffe_proto.in_phase(pb, net, other, pb.TEST):
+            continue
+        if other.name == layer.name:
+            made = set(layer.top)
+        elif made and made.intersection(other.bottom):
+            if other.type in WITH_WEIGHTS:
+                raise UserError("layer \"%s\" of %s has no class weights: "
+                                "\"%s\" goes on from it"
+                                % (layer.name, path, other.name))
+            made.update(other.top)
 
 
 def check_sources(pb, net):
@@ -230,6 +249,7 @@ def run(args):
     net, iterations = read(pb, args.net)
     iterations = args.iterations or iterations or BATCHES
     layer = find_layer(pb, net, args.net, args.layer)
+    check_classes(pb, net, args.net, layer)
     label = args.label or (layer.bottom[1] if len(layer.bottom) > 1
                            else "label")
     blobs = [layer.bottom[0], label]

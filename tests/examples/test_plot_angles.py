@@ -141,6 +141,11 @@ def test_samples_without_a_class_are_left_out(tmp_path, caffe_root):
 
 
 MISTAKES = [
+    (('"Flatten" bottom: "data" top: "flat" }', """"InnerProduct"
+       bottom: "data" top: "a" inner_product_param { num_output: 2 } }
+       layer { name: "relu" type: "ReLU" bottom: "a" top: "flat" }"""),
+     ["--layer", "flat"],
+     'net.prototxt has no class weights: "ip" goes on from it'),
     (("", ""), ["--layer", "fc"], 'has no layer "fc" in the TEST'),
     (("", ""), ["--label", "y"], 'has no blob "y" in the TEST phase'),
     (('"ip" type: "L', '"x" type: "InnerProduct" #'), [],

@@ -126,7 +126,7 @@ def read_binary(path, message, kind):
                 warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             message.ParseFromString(file.read())
-        broken = bool(told)
+        broken = any(issubclass(one.category, RuntimeWarning) for one in told)
     except OSError as error:
         raise UserError("cannot read %s: %s" % (path, error.strerror))
     except DecodeError:

@@ -36,9 +36,9 @@ def read_transform(prototxt):
     """What the comments at the head of a deploy.prototxt say: arguments for
     blobFromImage, whether the images are gray, and the crop or None."""
     try:
-        with open(prototxt) as file:
+        with open(prototxt, errors="replace") as file:
             head = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError("cannot read %s: %s" % (prototxt, error))
     said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
     try:

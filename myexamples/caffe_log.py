@@ -35,6 +35,9 @@ _STATE = re.compile(
     r"\] Snapshotting solver state to (?:binary proto|HDF5) file (.+)")
 _RESTORED = re.compile(r"\] Restoring previous solver status from (.+)")
 
+# Of a table, the first column.
+HEAD = "iteration"
+
 # SoftmaxWithLoss clamps a probability at FLT_MIN: -log(FLT_MIN).
 SATURATED_LOSS = 87.3365
 
@@ -383,7 +386,7 @@ class History:
         # Sorting leaves the order inside a group as it is.
         names.sort(key=lambda name: groups.index(
             re.match(r"[a-z]+", name)[0]))
-        return ["iteration"] + names, [
+        return [HEAD] + names, [
             [str(iteration)] + [number(row.get(name)) for name in names]
             for iteration, row in cells.items()]
 
@@ -421,6 +424,14 @@ def write_csv(history, path):
     return len(rows), len(head)
 
 
+def may_write(path):
+    """Whether nothing is lost if a table is written to path."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(HEAD) + 1) == HEAD.encode() + b","
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -431,9 +442,10 @@ def main():
                         help="where the table goes")
     args = parser.parse_args()
     history = read_history(args.log)
-    if os.path.exists(args.csv) and os.path.samefile(args.log, args.csv):
-        sys.exit("error: %s is the log itself: name another FILE" % args.csv)
     try:
+        if not may_write(args.csv):
+            sys.exit("error: %s is there, and no table of this program: name "
+                     "another FILE" % args.csv)
         rows, columns = write_csv(history, args.csv)
     except OSError as error:
         sys.exit("error: cannot write %s: %s" % (args.csv, error.strerror))

@@ -58,7 +58,11 @@ build_caffe() {
 
 # same_images DB OF: ends the script where DB holds other images than OF does.
 same_images() {
-  cmp -s "$1/dataset.txt" "$2/dataset.txt" ||
+  local words status=0
+  words=$(cmp "$1/dataset.txt" "$2/dataset.txt" 2>&1) || status=$?
+  [ "$status" -lt 2 ] ||
+    die "cannot read which images $(rel "$1") and $(rel "$2") hold: $words"
+  [ "$status" -eq 0 ] ||
     die "$(rel "$1") is not made from the images of $(rel "$2"): move it away"
 }
 

@@ -5,7 +5,7 @@ import tempfile
 import numpy as np
 
 from caffe_model import array_of, read_bytes, text
-from caffe_proto import ROOT, UserError
+from caffe_proto import ROOT, UserError, read_binary
 
 IMAGES = ("Data", "ImageData", "WindowData", "MemoryData")
 
@@ -151,14 +151,9 @@ class Input:
                 raise UserError("%s: its mean_file %s is not there"
                                 % (self.node, name))
             return None
-        from google.protobuf.message import DecodeError
         path = os.path.join(folder, name)
-        blob = self.pb.BlobProto()
-        try:
-            blob.ParseFromString(read_bytes(path))
-        except DecodeError:
-            raise UserError("%s is cut short, or no .binaryproto" % path)
-        mean = array_of(blob, path)
+        mean = array_of(read_binary(path, self.pb.BlobProto(),
+                                    ".binaryproto"), path)
         return mean.reshape(mean.shape[-3:])
 
     def channel_means(self):

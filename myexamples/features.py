@@ -12,9 +12,9 @@ import tempfile
 import numpy as np
 
 import caffe_model
+import caffe_net
 import caffe_proto
 import deploy_net
-import snapshots
 from caffe_proto import ROOT, UserError
 
 
@@ -31,6 +31,13 @@ def load_pycaffe():
                         % (caffe_root, error))
     caffe.set_mode_cpu()
     return caffe
+
+
+def start_pycaffe():
+    """pycaffe for a program, which goes on in a child process: where Caffe
+    ends that, it is a UserError."""
+    caffe_net.guard()
+    return load_pycaffe()
 
 
 def cut(pb, net, blobs, path):
@@ -167,7 +174,7 @@ class Preprocessing:
         """Takes the mean image of a .binaryproto."""
         if not os.path.exists(path):
             path = os.path.join(ROOT, path)
-        blob = snapshots.read(pb.BlobProto(), path)
+        blob = caffe_proto.read_binary(path, pb.BlobProto(), ".binaryproto")
         shape = tuple(blob.shape.dim) or (blob.channels, blob.height,
                                           blob.width)
         shape = shape[-3:]
@@ -282,6 +289,8 @@ class Extractor:
                 if not deploy_net.is_source(other)]
         net.ClearField("layer")
         net.layer.extend([layer] + rest)
+        caffe_net.about("%s with images of %d x %d x %d (channels x height x "
+                        "width)" % ((self.path,) + shape))
         self.net = load_net(self.caffe, net, self.weights)
         made = self.net.blobs[self.blob].data
         if made.ndim < 2 or made.shape[0] != self.batch:

@@ -14,12 +14,14 @@ import re
 import struct
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
 from caffe_proto import UserError  # noqa: E402
 
+import numpy as np  # noqa: E402
+
+ENDS = ("-images-idx3-ubyte", "-labels-idx1-ubyte")
 MAGIC = {1: 2049, 3: 2051}
 
 
@@ -53,8 +55,8 @@ def write_idx(path, array):
 
 def read_all(prefix):
     """(images, labels), one label an image."""
-    images = read_idx(prefix + "-images-idx3-ubyte", 3)
-    labels = read_idx(prefix + "-labels-idx1-ubyte", 1)
+    images, labels = (read_idx(prefix + end, axes)
+                      for end, axes in zip(ENDS, (3, 1)))
     if len(images) != len(labels):
         raise UserError("%s: %d images and %d labels"
                         % (prefix, len(images), len(labels)))
@@ -79,6 +81,15 @@ def read_part(prefix, part):
     return images[part], labels[part]
 
 
+def check_apart(source, target):
+    """Raises UserError where files of target are files of source."""
+    for end in ENDS:
+        if os.path.exists(target + end) and os.path.exists(source + end) and \
+                os.path.samefile(source + end, target + end):
+            raise UserError("TO is FROM, %s: write to another file"
+                            % (target + end))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -92,12 +103,13 @@ def main():
         parser.error("%s is no range like 0-4, nor fit or validation"
                      % args.part)
     try:
+        check_apart(args.source, args.target)
         if classes:
             images, labels = read(args.source, *map(int, classes.groups()))
         else:
             images, labels = read_part(args.source, args.part)
-        write_idx(args.target + "-images-idx3-ubyte", images)
-        write_idx(args.target + "-labels-idx1-ubyte", labels)
+        for end, array in zip(ENDS, (images, labels)):
+            write_idx(args.target + end, array)
     except UserError as error:
         sys.exit("error: %s" % error)
     except OSError as error:

@@ -1,5 +1,6 @@
 """The training scripts, with the built Caffe and little data."""
 import contextlib
+import gzip
 import os
 import re
 import shutil
@@ -426,7 +427,9 @@ def test_comparison(mnist):
 
 @pytest.mark.parametrize("args, message", [
     (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
-    (["--seeds", "0"], "margins, seeds and jobs are at least 1"),
+    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["-m", "1", "0"], "-m 0: a margin is from 1 to 1000"),
+    (["-m", "2000"], "-m 2000: a margin is from 1 to 1000"),
     (["--solver", "none.prototxt"], "cannot read none.prototxt"),
 ])
 def test_comparison_of_nonsense(tree, args, message):
@@ -434,6 +437,36 @@ def test_comparison_of_nonsense(tree, args, message):
     assert done.returncode != 0
     assert message in done.stdout and "Traceback" not in done.stdout
     assert not tree.path("mnist/comparison").exists()
+
+
+@pytest.mark.parametrize("program, args, lacks, script", [
+    ("mnist/compare_margins.py", [], "mnist/mnist_train_lmdb",
+     "mnist/compare_margins.sh"),
+    ("mnist/compare_margins.py", ["--validation"], "mnist/mnist_fit_lmdb",
+     "mnist/compare_margins.sh --validation"),
+    ("mnist_2d/mnist_2d.py", [], "mnist/mnist_train_lmdb",
+     "mnist_2d/train_2d.sh"),
+    ("mnist_verification/mnist_verification.py", [],
+     "mnist/data/t10k-images-idx3-ubyte",
+     "mnist_verification/train_verification.sh"),
+    ("mnist_verification/mnist_verification.py", ["--images", "{}/x"],
+     "mnist_verification/train_lmdb",
+     "mnist_verification/train_verification.sh"),
+    ("kanji_verification/kanji_verification.py", [],
+     "kanji_verification/drawn/pairs.npz",
+     "kanji_verification/train_kanji.sh"),
+])
+def test_without_the_images(tree, tmp_path, program, args, lacks, script):
+    """Before anything is trained, it is said how to get them."""
+    for name, data in small_mnist(test=20).items():
+        if name.startswith("t10k"):
+            (tmp_path / name.replace("t10k", "x").replace(".gz", "")
+             ).write_bytes(gzip.decompress(data))
+    done = tree.run(program, *[arg.format(tmp_path) for arg in args])
+    assert (done.returncode, done.stdout) == (
+        1, "error: myexamples/%s is missing: run myexamples/%s, which gets "
+        "what is needed\n" % (lacks, script))
+    assert not list(tree.root.rglob("train.log"))
 
 
 def test_paired_difference_and_its_interval():
@@ -527,7 +560,22 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
     assert refused.returncode == 1
     assert "mnist_fit_lmdb is not made from the images of myexamples/mnist/" \
         "mnist_train_lmdb: move it away" in refused.stdout
+    # Nor is one moved away that cannot be read.
+    (here / "mnist_fit_lmdb/dataset.txt").unlink()
+    (here / "mnist_fit_lmdb/dataset.txt").mkdir()
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: cannot read which images myexamples/mnist/mnist_fit_lmdb and "
+        r"myexamples/mnist/mnist_train_lmdb hold: cmp: .*: Is a directory\n",
+        refused.stdout)
     assert not (here / "mnist_validation_lmdb").exists()
+
+
+def test_validation_takes_no_argument(tree):
+    done = tree.run("mnist/create_validation.sh", "--fashion")
+    assert done.returncode == 2
+    assert "unknown argument --fashion" in done.stdout
 
 
 def test_2d_features(mnist):

@@ -517,9 +517,12 @@ def test_csv_to_a_pipe():
 def test_csv_that_cannot_be(tmp_path):
     log = tmp_path / "train.log"
     log.write_text("".join(read_log()))
+    other = tmp_path / "other.csv"
+    other.write_text("iterations,loss\n1,2\n")
     for args, words in (
             ((tmp_path / "none.log", "--csv", "x"), "cannot read"),
-            ((log, "--csv", log), "is the log itself"),
+            ((log, "--csv", log), "is there, and no table of this program"),
+            ((log, "--csv", other), "is there, and no table of this program"),
             ((log, "--csv", tmp_path), "cannot write"),
             ((log, "--csv", tmp_path / "no/t.csv"), "cannot write"),
             (("/dev/null", "--csv", tmp_path / "t.csv"), "is no log of")):
@@ -527,7 +530,9 @@ def test_csv_that_cannot_be(tmp_path):
         assert done.returncode == 1 and words in done.stdout, done.stdout
         assert len(done.stdout.splitlines()) == 1
     assert log.read_text() == "".join(read_log())
-    assert [p.name for p in tmp_path.iterdir()] == ["train.log"]
+    assert other.read_text() == "iterations,loss\n1,2\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "other.csv", "train.log"]
 
 
 # ---- TensorBoard ----

@@ -63,13 +63,29 @@ make_dir() {
   rm -f -- "$1/.probe"
 }
 
+# holders FILE: who holds that lock of one_at_a_time, as " (NAME PID, ...)": the
+# script, and what it has started, which may have outlived it.
+holders() {
+  local info pid found=''
+  for info in /proc/[0-9]*/fdinfo/9; do
+    pid=${info#/proc/} pid=${pid%%/*}
+    # Those that wait have the file open, too.
+    if [[ /proc/$pid/fd/9 -ef $1 ]] && grep -q '^lock:' "$info" 2> /dev/null
+    then
+      found+=", $(cat "/proc/$pid/comm" 2> /dev/null || true) $pid"
+    fi
+  done
+  if [[ $found ]]; then printf ' (%s)' "${found#, }"; fi
+}
+
 # one_at_a_time FILE [WHERE]: from here to its end no other script holds the
 # lock FILE, whose folder is made if it is not there.
 one_at_a_time() {
   [[ -k ${1%/*} ]] || make_dir "${1%/*}"
   { exec 9>> "$1"; } 2> /dev/null || die "cannot write $1"
   if ! flock -n 9; then
-    say "waiting for another script that works in $(rel "${2:-${1%/*}}")"
+    say "waiting for another script that works in\
+ $(rel "${2:-${1%/*}}")$(holders "$1")"
     flock 9
   fi
 }

@@ -35,6 +35,9 @@ _STATE = re.compile(
     r"\] Snapshotting solver state to (?:binary proto|HDF5) file (.+)")
 _RESTORED = re.compile(r"\] Restoring previous solver status from (.+)")
 
+# Of a table, the first column.
+HEAD = "iteration"
+
 # SoftmaxWithLoss clamps a probability at FLT_MIN: -log(FLT_MIN).
 SATURATED_LOSS = 87.3365
 
@@ -86,16 +89,33 @@ class Row:
     margins maps LargeMarginInnerProduct layers to what they last logged before
     the row: {"angle_mean": 40.1, "segments": [0.5, 0.5], ...}. net is the
     index of the test net, time when the row was logged (seconds since 1970) or
-    None.
+    None. layers are those of all nets, as far as the log has them.
     """
 
-    def __init__(self, kind, iteration, net=0, at=None):
+    # Which top of which type of layer has a value.
+    _TOPS = {"accuracy": ("Accuracy", 0),
+             "lambda": ("LargeMarginInnerProduct", 1)}
+
+    def __init__(self, kind, iteration, net=0, at=None, layers=()):
         self.kind, self.iteration, self.net = kind, iteration, net
-        self.time = at
+        self.time, self.layers = at, layers
         self.values, self.losses, self.margins = {}, {}, {}
 
     def find(self, word):
-        """The first value whose name contains word in any case, or None."""
+        """The loss, accuracy, lambda or lr, or None.
+
+        A test's loss is the sum of its losses, as that of a train row is.
+        Where the log does not tell what a value is, the first one whose name
+        contains the word in any case counts.
+        """
+        if word == "loss" and self.kind == "test" and self.losses:
+            return sum(value * weight for value, weight
+                       in self.losses.values())
+        kind, at = self._TOPS.get(word, ("", 0))
+        for layer in self.layers:
+            if layer.type == kind and set(layer.tops[at:at + 1]) & set(
+                    self.values):
+                return self.values[layer.tops[at]]
         for name, value in self.values.items():
             if word in name.lower():
                 return value
@@ -146,19 +166,20 @@ def read_rows(lines, on_other=None):
 
     on_other, if given, is called with every line that belongs to no row.
     """
-    row, margins = None, {}
+    row, margins, head = None, {}, Head()
     for line in lines:
         loss, testing = _LOSS.search(line), _TESTING.search(line)
         if loss or testing:
             if row:
                 yield row
             if loss:
-                row = Row("train", int(loss[1]), at=_wall_time(line))
+                row = Row("train", int(loss[1]), at=_wall_time(line),
+                          layers=head.all_layers)
                 row.values["loss"] = float(loss[2])
                 row.margins, margins = margins, {}
             else:
                 row = Row("test", int(testing[1]), int(testing[2]),
-                          _wall_time(line))
+                          _wall_time(line), head.all_layers)
             continue
         output, rate = _OUTPUT.search(line), _RATE.search(line)
         margin = _MARGIN.search(line)
@@ -182,6 +203,7 @@ def read_rows(lines, on_other=None):
                 if row:
                     yield row
                 row, margins = None, {}  # of a training that was cut short
+            head.take(line)
             if on_other:
                 on_other(line)
     if row:
@@ -212,7 +234,7 @@ def restored(line):
 
 
 class Layer:
-    """A layer of the training net: its name, type, bottoms, tops, and the
+    """A layer of a net: its name, type, bottoms, tops, and the
     fields of its parameters, {"num_output": "10"}."""
 
     def __init__(self):
@@ -232,14 +254,14 @@ class Layer:
 
 class Head:
     """What the log says before the training begins: the solver's fields and
-    the layers of the training net."""
+    the layers of the training net (all_layers: of the test nets, too)."""
 
     _FIELD = re.compile(r"\s*(\w+): (.*)")
     _OPEN = re.compile(r"\s*(\w+) {")
 
     def __init__(self):
-        self.solver, self.layers = {}, []
-        self._part, self._path = None, []
+        self.solver, self.layers, self.all_layers = {}, [], []
+        self._part, self._path, self._nets = None, [], 0
 
     def take(self, line):
         """Takes a line that is part of no row."""
@@ -247,10 +269,11 @@ class Head:
             self._path = []
             if begins(line):
                 self._part = "solver"
-                self.solver, self.layers = {}, []
-            elif ("] Initializing net from parameters" in line
-                  and not self.layers):
+                self.solver, self.layers, self.all_layers = {}, [], []
+                self._nets = 0
+            elif "] Initializing net from parameters" in line:
                 self._part = "net"
+                self._nets += 1
             else:
                 self._part = None
             return
@@ -263,7 +286,9 @@ class Head:
         if opened:
             self._path.append(opened[1])
             if self._part == "net" and self._path == ["layer"]:
-                self.layers.append(Layer())
+                self.all_layers.append(Layer())
+                if self._nets == 1:
+                    self.layers.append(self.all_layers[-1])
         elif line.strip() == "}":
             del self._path[-1:]
         elif field:
@@ -271,7 +296,7 @@ class Head:
             if self._part == "solver" and not self._path:
                 self.solver.setdefault(field[1], value)
             elif self._part == "net" and self._path[:1] == ["layer"]:
-                self.layers[-1].take(self._path[1:], field[1], value)
+                self.all_layers[-1].take(self._path[1:], field[1], value)
 
     @property
     def max_iter(self):
@@ -317,7 +342,7 @@ class History:
         return self.tests.get(0, [])
 
     def curve(self, kind, word):
-        """(iterations, values) of the first value named like word."""
+        """(iterations, values) of what Row.find calls word."""
         rows = self.train if kind == "train" else self.test
         return self._points(rows, lambda row: row.find(word))
 
@@ -361,7 +386,7 @@ class History:
         # Sorting leaves the order inside a group as it is.
         names.sort(key=lambda name: groups.index(
             re.match(r"[a-z]+", name)[0]))
-        return ["iteration"] + names, [
+        return [HEAD] + names, [
             [str(iteration)] + [number(row.get(name)) for name in names]
             for iteration, row in cells.items()]
 
@@ -399,6 +424,14 @@ def write_csv(history, path):
     return len(rows), len(head)
 
 
+def may_write(path):
+    """Whether nothing is lost if a table is written to path."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return True
+    with open(path, "rb") as file:
+        return file.read(len(HEAD) + 1) == HEAD.encode() + b","
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -409,9 +442,10 @@ def main():
                         help="where the table goes")
     args = parser.parse_args()
     history = read_history(args.log)
-    if os.path.exists(args.csv) and os.path.samefile(args.log, args.csv):
-        sys.exit("error: %s is the log itself: name another FILE" % args.csv)
     try:
+        if not may_write(args.csv):
+            sys.exit("error: %s is there, and no table of this program: name "
+                     "another FILE" % args.csv)
         rows, columns = write_csv(history, args.csv)
     except OSError as error:
         sys.exit("error: cannot write %s: %s" % (args.csv, error.strerror))

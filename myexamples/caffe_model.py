@@ -5,6 +5,7 @@ import tempfile
 
 import numpy as np
 
+import caffe_proto
 from caffe_proto import UserError
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -39,12 +40,7 @@ def hdf5():
 
 def read_net(pb, path):
     """The NetParameter of a .caffemodel."""
-    from google.protobuf.message import DecodeError
-    net = pb.NetParameter()
-    try:
-        net.ParseFromString(read_bytes(path))
-    except DecodeError:
-        raise UserError("%s is cut short, or no .caffemodel" % path)
+    net = caffe_proto.read_binary(path, pb.NetParameter(), ".caffemodel")
     if not net.layer and not net.layers:
         raise UserError("%s holds no layers: it is cut short, or no "
                         ".caffemodel" % path)
@@ -71,13 +67,8 @@ def array_of(blob, where):
 
 def read_mean(pb, path):
     """The mean image of a .binaryproto, (C, H, W)."""
-    from google.protobuf.message import DecodeError
-    blob = pb.BlobProto()
-    try:
-        blob.ParseFromString(read_bytes(path))
-    except DecodeError:
-        raise UserError("%s is cut short, or no .binaryproto" % path)
-    mean = array_of(blob, path)
+    mean = array_of(caffe_proto.read_binary(path, pb.BlobProto(),
+                                            ".binaryproto"), path)
     if mean.ndim < 3 or not mean.size or any(
             count != 1 for count in mean.shape[:-3]):
         raise UserError("%s is no mean image: its shape is %s"

@@ -3,15 +3,57 @@
 Caffe ends the process in which a net is wrong. Here that becomes a UserError
 with Caffe's words.
 """
+import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 
 from caffe_proto import UserError, caffe_root
+
+
+# Of Linux: the signal that a process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
+ABOUT = "about: "
+_log = None
+
+
+def guard():
+    """Goes on in a child process. Where Caffe ends that, UserError in this.
+
+    For programs that run pycaffe themselves. What C++ logs is kept for the
+    error, and not shown.
+    """
+    global _log
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    log = tempfile.TemporaryFile()
+    child = os.fork()
+    if child == 0:
+        # At Ctrl-C the parent has the last word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys.stderr = open(os.dup(2), "w", buffering=1)
+        os.dup2(log.fileno(), 2)
+        os.environ.update(GLOG_logtostderr="1", GLOG_minloglevel="0")
+        _log = log
+        return
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    log.seek(0)
+    raise UserError(last_words(log.read().decode(errors="replace")))
+
+
+def about(text):
+    """Says what Caffe is given next, a file or an option: if the process ends
+    with that, the error begins so."""
+    if _log:
+        os.write(_log.fileno(), ("\n%s%s\n" % (ABOUT, text)).encode())
 
 
 class Caffe:
@@ -97,13 +139,18 @@ class Caffe:
 def last_words(log):
     """Why Caffe ended, from its log."""
     fatal = re.search(r"^F\d{4,8} \S+ +\d+ \S+\] (.*)$", log, re.M)
+    told = re.findall("^%s(.*)$" % ABOUT, log, re.M)
+    head = told[-1] + ": " if told else ""
     if fatal:
-        layers = re.findall(r"\] (?:Creating Layer|Setting up) (.*)$",
-                            log[:fatal.start()], re.M)
-        return "Caffe says%s: %s" % (
-            " of layer '%s'" % layers[-1] if layers else "", fatal[1])
+        # Behind a net that is whole, it is of none of its layers.
+        begun = log[:fatal.start()].split("] Network initialization done")[-1]
+        layers = re.findall(r"\] (?:Creating Layer|Setting up) (.*)$", begun,
+                            re.M)
+        return "%sCaffe says%s: %s" % (
+            head, " of layer '%s'" % layers[-1] if layers else "",
+            fatal[1].strip())
     lines = [line for line in log.splitlines() if line.strip()]
-    return "pycaffe ended%s" % (": " + lines[-1] if lines else "")
+    return "%spycaffe ended%s" % (head, ": " + lines[-1] if lines else "")
 
 
 # ---- In the process ----

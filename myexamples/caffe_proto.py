@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 
+# The largest m that the layer takes.
+MAX_MARGIN = 1000
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -19,14 +22,33 @@ class UserError(Exception):
 def user_errors(stopped="stopped"):
     """Ends the program with one line where its user can help.
 
-    A UserError's, or stopped at Ctrl-C.
+    A UserError's, or stopped at Ctrl-C; with none where the reader of a pipe
+    has gone.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         sys.exit("error: %s" % error)
     except KeyboardInterrupt:
         sys.exit(stopped)
+    except BrokenPipeError:
+        # `| head` has seen enough. At its end Python would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _hook(kind, error, trace, shown=sys.excepthook):
+    """Makes one word of a Ctrl-C, too, that comes while modules load."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        shown(kind, error, trace)
+
+
+sys.excepthook = _hook
 
 
 def found(path, *more):
@@ -101,10 +123,31 @@ def read_text(path, message):
     try:
         with open(path) as file:
             text_format.Parse(file.read(), message)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError("cannot read %s: %s" % (path, error))
+    except UnicodeDecodeError:
+        raise UserError("%s is no prototxt: it is no text" % path)
     except text_format.ParseError as error:
         raise UserError("%s:%s" % (path, error))
+    return message
+
+
+def read_binary(path, message, kind):
+    """Fills message from the binary file at path, a file of that kind."""
+    from google.protobuf.message import DecodeError
+    try:
+        # Of some files that are no message, some versions only warn.
+        with open(path, "rb") as file, \
+                warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            message.ParseFromString(file.read())
+        broken = any(issubclass(one.category, RuntimeWarning) for one in told)
+    except OSError as error:
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    except DecodeError:
+        broken = True
+    if broken:
+        raise UserError("%s is cut short, or no %s" % (path, kind))
     return message
 
 
@@ -215,11 +258,12 @@ def check_schedule(name, param):
         value = getattr(param, field)
         if not 0 <= value < math.inf:
             raise UserError("layer %s: largemargin_inner_product_param.%s is "
-                            "%g: it must be at least 0"
+                            "%g: it must be finite and at least 0"
                             % (name, field, value))
-    if param.HasField("margin") and param.margin < 1:
+    if param.HasField("margin") and not 1 <= param.margin <= MAX_MARGIN:
         raise UserError("layer %s: largemargin_inner_product_param.margin is "
-                        "0: it must be at least 1" % name)
+                        "%d: it must be from 1 to %d"
+                        % (name, param.margin, MAX_MARGIN))
 
 
 def power(x, exponent):

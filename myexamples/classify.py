@@ -10,14 +10,17 @@ each a line names the class and its probability (its score where the net does
 not end in a Softmax), and the label where MNIST's labels lie beside the images.
 """
 import argparse
+import contextlib
 import os
 import re
+
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import UserError, user_errors
 
 import numpy as np
 
 import idx_file
 from caffe_model import read_bytes, text
-from caffe_proto import UserError, user_errors
 
 
 def parse_args():
@@ -34,9 +37,9 @@ def read_transform(prototxt):
     blobFromImage, whether the images are gray, and what is done before: the
     (width, height) to resize to and then the crop, each of them or None."""
     try:
-        with open(prototxt) as file:
+        with open(prototxt, errors="replace") as file:
             head = file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError("cannot read %s: %s" % (prototxt, error))
     said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
 
@@ -92,20 +95,29 @@ def middle(image, crop, name):
     return image[top:top + crop, left:left + crop]
 
 
+@contextlib.contextmanager
+def opencv_errors(cv2, folder):
+    """Makes a UserError of OpenCV's."""
+    try:
+        yield
+    except cv2.error as error:
+        raise UserError("OpenCV cannot read or run the net in %s: %s" % (
+            folder, str(error).strip().splitlines()[0]))
+
+
 def run(args):
     try:
+        # One line for an error, not its own as well.
+        os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
         import cv2
     except ImportError:
         raise UserError("OpenCV's Python module is missing: apt-get install "
                         "python3-opencv")
     prototxt = os.path.join(args.folder, "deploy.prototxt")
     transform, gray, resize, crop = read_transform(prototxt)
-    try:
+    with opencv_errors(cv2, args.folder):
         net = cv2.dnn.readNetFromCaffe(
             prototxt, os.path.join(args.folder, "deploy.caffemodel"))
-    except cv2.error as error:
-        raise UserError("OpenCV cannot read %s: %s" % (
-            args.folder, str(error).strip().splitlines()[0]))
     last = net.getLayerNames()[-1]
     word = ("probability" if net.getLayer(net.getLayerId(last)).type ==
             "Softmax" else "score")
@@ -116,7 +128,9 @@ def run(args):
         if crop:
             image = middle(image, crop, name)
         net.setInput(cv2.dnn.blobFromImage(image, **transform))
-        made = net.forward()
+        # A net without its weights is found out only here.
+        with opencv_errors(cv2, args.folder):
+            made = net.forward()
         scores = made.ravel()
         if made.shape[:2] != (1, made.size):
             raise UserError("'%s' of the net has the shape %s: no score for "

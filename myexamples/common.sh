@@ -58,7 +58,11 @@ build_caffe() {
 
 # same_images DB OF: ends the script where DB holds other images than OF does.
 same_images() {
-  cmp -s "$1/dataset.txt" "$2/dataset.txt" ||
+  local words status=0
+  words=$(cmp "$1/dataset.txt" "$2/dataset.txt" 2>&1) || status=$?
+  [ "$status" -lt 2 ] ||
+    die "cannot read which images $(rel "$1") and $(rel "$2") hold: $words"
+  [ "$status" -eq 0 ] ||
     die "$(rel "$1") is not made from the images of $(rel "$2"): move it away"
 }
 
@@ -211,30 +215,55 @@ came_to_end() {
 }
 
 # train SOLVER DIR [OPTION...]: `caffe train` with its log in DIR/train.log and
-# its progress on the screen. Ctrl-C lets Caffe write a snapshot and stop.
-# Returns 1 when the training did not come to its end.
+# its progress on the screen. Ctrl-C lets Caffe write a snapshot and stop, and
+# so do SIGTERM and SIGHUP, which end the script.
+# Returns 1 when the training did not come to its end; $state is then the
+# snapshot to go on from.
 train() {
-  local solver=$1 dir=$2 log=$2/train.log status append=()
+  local solver=$1 dir=$2 log=$2/train.log append=()
+  local caffe='' out shown status heard=1 ended='' stop=INT
   shift 2
   [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
   [[ " $*" != *' --snapshot='* ]] || append=(-a)
   say "the log goes to $(rel "$log")"
-  # A trap, even an empty one, makes bash wait for Caffe's last snapshot.
-  trap : INT
-  set +e
-  GLOG_logtostderr=1 "$CAFFE" train --solver="$solver" "$@" 2>&1 |
-    tee -i "${append[@]}" -- "$log" |
-    (trap '' INT; exec "$PYTHON" "$ROOT/myexamples/watch_training.py")
-  status=${PIPESTATUS[0]}
-  set -e
-  trap - INT
+  # With this option Caffe goes on at SIGINT.
+  [[ " $*" != *' --sigint_effect='* ]] || stop=TERM
+  trap 'heard=1' INT
+  trap 'heard=1 ended=143; kill -s "$stop" $caffe 2>/dev/null || true' TERM
+  trap 'heard=1 ended=129; kill -s "$stop" $caffe 2>/dev/null || true' HUP
+  # The log's readers stay as long as Caffe does, with or without a terminal.
+  exec {out}> >(trap '' INT TERM HUP
+    tee -ip "${append[@]}" -- "$log" |
+      "$PYTHON" "$ROOT/myexamples/watch_training.py")
+  shown=$!
+  # In the background, as bash heeds no trap while it waits for a command in
+  # the foreground; there bash would have Caffe ignore Ctrl-C as it starts.
+  (trap - INT
+    GLOG_logtostderr=1 exec "$CAFFE" train --solver="$solver" "$@") \
+    >&"$out" 2>&1 {out}>&- &
+  caffe=$!
+  exec {out}>&-
+  [ -z "$ended" ] || kill -s "$stop" "$caffe" || true
+  # A signal ends a wait, but not Caffe. What bash itself has to say of a
+  # Caffe that aborts helps nobody.
+  while [ -n "$heard" ]; do
+    heard=''
+    status=0
+    wait "$caffe" 2>/dev/null || status=$?
+  done
+  wait "$shown" || true
+  trap - INT TERM HUP
+  [ -z "$ended" ] || exit "$ended"
   if [ "$status" -ne 0 ] || ! came_to_end "$log"; then
     # A full disk is behind errors that look like others.
     make_dir "$dir"
   fi
   [ "$status" -eq 0 ] ||
     die "caffe train failed; its whole log is $(rel "$log")"
-  came_to_end "$log"
+  ! came_to_end "$log" || return 0
+  state=$(last_snapshot "$dir")
+  [ -n "$state" ] || die "stopped before the first snapshot: run this again"
+  return 1
 }
 
 # model_accuracy SOLVER MODEL LOG: the test accuracy of MODEL in the net and by
@@ -245,8 +274,8 @@ model_accuracy() {
   local solver=$1 model=$2 log=$3 net iterations
   net=$(sed -n 's/^net: *"\(.*\)".*/\1/p' "$solver")
   iterations=$(sed -n 's/^test_iter: *//p' "$solver")
-  GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
-    --iterations="$iterations" >"$log" 2>&1 ||
+  { GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
+    --iterations="$iterations" >"$log" 2>&1; } 2>/dev/null ||
     die "caffe test failed; its whole log is $(rel "$log")"
   printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
 }

@@ -30,10 +30,12 @@ found by its name. A BatchNorm without a Scale becomes a BN of slope 1.
 import argparse
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import numpy as np
 
 import caffe_model
-import caffe_proto
 from bn_dialect import EPS, inverse_std, moving_variance, speaks_against, \
     check_statistics
 from caffe_proto import UserError, user_errors
@@ -70,7 +72,8 @@ def parse_args(argv=None):
     if args.source == args.target:
         parser.error("--from and --to are both %s" % args.source)
     if args.eps is not None and not 0 <= args.eps < 1e30:
-        parser.error("--eps %g: it must be at least 0" % args.eps)
+        parser.error("--eps %g: it must be at least 0 and below 1e30"
+                     % args.eps)
     if args.axes and args.target != "variance":
         parser.error("--axes is for --to variance")
     args.axes = args.axes or 2

@@ -58,10 +58,14 @@ def hours(args):
     with tempfile.NamedTemporaryFile("w", suffix=".prototxt") as file:
         file.write(text_format.MessageToString(net))
         file.flush()
-        done = subprocess.run(
-            [args.caffe, "time", "--model=" + file.name, "--iterations=2"],
-            env=dict(os.environ, GLOG_logtostderr="1"), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            done = subprocess.run(
+                [args.caffe, "time", "--model=" + file.name, "--iterations=2"],
+                env=dict(os.environ, GLOG_logtostderr="1"), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            raise UserError("cannot start %s: %s"
+                            % (args.caffe, error.strerror))
     found = re.search(r"Average Forward-Backward: (\S+) ms", done.stdout)
     if done.returncode or not found:
         raise UserError("caffe time failed: " + done.stdout.strip()[-200:])
@@ -72,7 +76,7 @@ def hours(args):
 def main():
     with user_errors():
         found = hours(parse_args())
-    print("%.2g" % found if found < 10 else round(found))
+        print("%.2g" % found if found < 10 else round(found))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ import argparse
 import contextlib
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import numpy as np
 
 import caffe_model
-import caffe_proto
 import opencv_net
 from bn_dialect import inverse_std, speaks_against
 from caffe_net import Caffe

@@ -12,6 +12,7 @@ import tempfile
 import numpy as np
 
 import caffe_model
+import caffe_net
 import caffe_proto
 import deploy_net
 from caffe_proto import UserError
@@ -29,6 +30,13 @@ def load_pycaffe():
                         % (caffe_root, error))
     caffe.set_mode_cpu()
     return caffe
+
+
+def start_pycaffe():
+    """pycaffe for a program, which goes on in a child process: where Caffe
+    ends that, it is a UserError."""
+    caffe_net.guard()
+    return load_pycaffe()
 
 
 def cut(pb, net, blobs, path):
@@ -275,6 +283,8 @@ class Extractor:
                 if not deploy_net.is_source(other)]
         net.ClearField("layer")
         net.layer.extend([layer] + rest)
+        caffe_net.about("%s with images of %d x %d x %d (channels x height x "
+                        "width)" % ((self.path,) + shape))
         self.net = load_net(self.caffe, net, self.weights)
         made = self.net.blobs[self.blob].data
         if made.ndim < 2 or made.shape[0] != self.batch:

@@ -15,6 +15,11 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
 plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
 
 
+def shortened(text, most=60):
+    """text, or the end of it: of a path, that is the file."""
+    return text if len(text) <= most else "..." + text[3 - most:]
+
+
 def save(figure, path):
     """Writes a figure and says where: without an ending it is a PNG."""
     if not os.path.splitext(path)[1]:

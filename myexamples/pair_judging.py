@@ -131,16 +131,19 @@ def draw(parts, found, rates, title):
     return figure
 
 
-def run_all(args, parts):
-    """Trains what is missing, judges all, and reports."""
+def run_all(args, parts, script):
+    """Trains what is missing, judges all, and reports.
+
+    script is the one that gets the images.
+    """
     pb = caffe_proto.load()
     verify.load_sklearn("metrics")
     output = os.path.abspath(args.output)
     all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
         pb, args.solver, os.path.join(output, name), margin, seed))
-    runs.train_all(all_runs, args.jobs)
+    runs.train_all(all_runs, args.jobs, script)
     rates = verify.false_rates(1e-4)
-    found = judge(pb, features.load_pycaffe(), all_runs, parts, rates)
+    found = judge(pb, features.start_pycaffe(), all_runs, parts, rates)
     for part, judgements in zip(parts, found):
         print("\n%s\n" % part.describe(args.seeds))
         print_table(judgements)

@@ -15,17 +15,23 @@ import argparse
 import os
 import re
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 import caffe_model
-import caffe_proto
+import caffe_net
 import features
 import figures
+import lmdb_file
 import runs
 from caffe_proto import ROOT, UserError, user_errors
 
 BATCHES = 100
+WITH_WEIGHTS = ("Convolution", "Deconvolution", "InnerProduct",
+                "LargeMarginInnerProduct")
 
 
 def parse_args():
@@ -106,8 +112,28 @@ def find_layer(pb, net, path, name=None):
     raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
 
 
-def check_sources(net):
-    """Goes to the folder from which the data of the net are found."""
+def check_classes(pb, net, path, layer):
+    """Raises UserError where another layer with weights follows on layer:
+    what that one has are no class weights."""
+    made = None
+    for other in net.layer:
+        if not caffe_proto.in_phase(pb, net, other, pb.TEST):
+            continue
+        if other.name == layer.name:
+            made = set(layer.top)
+        elif made and made.intersection(other.bottom):
+            if other.type in WITH_WEIGHTS:
+                raise UserError("layer \"%s\" of %s has no class weights: "
+                                "\"%s\" goes on from it"
+                                % (layer.name, path, other.name))
+            made.update(other.top)
+
+
+def check_sources(pb, net):
+    """Goes to the folder from which the data of the net are found.
+
+    Raises UserError where an LMDB is none: Caffe would not name it.
+    """
     sources = [getattr(layer, field).source for layer in net.layer
                for field in ("data_param", "image_data_param",
                              "hdf5_data_param")
@@ -118,6 +144,11 @@ def check_sources(net):
                 raise UserError("the net takes its data from %s, which is not "
                                 "there" % source)
             os.chdir(ROOT)
+    for layer in net.layer:
+        param = layer.data_param
+        if param.source and param.backend == pb.DataParameter.LMDB and \
+                not lmdb_file.entries(param.source):
+            raise UserError("the LMDB %s is empty" % param.source)
 
 
 # ---- Angles ----
@@ -162,9 +193,12 @@ def sample(net, blobs, iterations, progress):
 
 
 def describe(pb, model, layer):
-    """(m as text, lambda at the end or None) of what the model was."""
+    """(m as text, lambda at the end or None) of what the model was.
+
+    The text is empty where the model does not tell.
+    """
     if caffe_model.is_hdf5(model):  # which has no parameters
-        return os.path.basename(model), None
+        return "", None
     for candidate in caffe_model.read_net(pb, model).layer:
         if candidate.name != layer:
             continue
@@ -177,30 +211,31 @@ def describe(pb, model, layer):
         return "m = %d" % m, (
             caffe_proto.lambda_after(param, param.passes)
             if param.HasField("passes") else None)
-    return os.path.basename(model), None
+    return "", None
 
 
 def draw(panels, title):
-    """A figure of (name, Angles), one below the other."""
+    """A figure of (model, what it was, Angles), one below the other."""
     figure, axes = plt.subplots(len(panels), 1, sharex=True, sharey=True,
                                 squeeze=False, constrained_layout=True,
                                 figsize=(8, 1 + 2.4 * len(panels)))
-    last = max(angles.other.max() for _, angles in panels)
+    last = max(angles.other.max() for _, _, angles in panels)
     bins = np.arange(0, min(180, last + 2) + 1, 1.5)
-    for axis, (name, angles) in zip(axes[:, 0], panels):
+    for axis, (model, name, angles) in zip(axes[:, 0], panels):
         for label, values, colour in (
-                ("own class", angles.own, "tab:blue"),
-                ("nearest other class", angles.other, "tab:orange")):
+                ("own class", angles.own, figures.COLOURS[0]),
+                ("nearest other class", angles.other, figures.COLOURS[1])):
             axis.hist(values, bins, alpha=0.6, color=colour, label=label,
                       weights=np.full(len(values), 100 / len(values)))
             axis.axvline(np.median(values), color=colour, linewidth=1)
         axis.set_ylabel("% of samples")
-        axis.set_title("%s, median gap %.1f degrees" % (
-            name, np.median(angles.gap())))
+        axis.set_title("%s: %smedian gap %.1f degrees" % (
+            figures.shortened(model, 50), name and name + ", ",
+            np.median(angles.gap())), fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center")
     axes[-1, 0].set_xlabel("angle between features and class weights, degrees")
-    figure.suptitle(title)
+    figure.suptitle(figures.shortened(title))
     return figure
 
 
@@ -209,6 +244,7 @@ def run(args):
     net, iterations = read(pb, args.net)
     iterations = args.iterations or iterations or BATCHES
     layer = find_layer(pb, net, args.net, args.layer)
+    check_classes(pb, net, args.net, layer)
     label = args.label or (layer.bottom[1] if len(layer.bottom) > 1
                            else "label")
     blobs = [layer.bottom[0], label]
@@ -217,11 +253,12 @@ def run(args):
     models = [os.path.abspath(model) for model in args.models]
     output = os.path.abspath(args.output or os.path.splitext(
         os.path.basename(args.net))[0] + "_angles.png")
-    check_sources(cut)
-    caffe = features.load_pycaffe()
+    check_sources(pb, cut)
+    caffe = features.start_pycaffe()
     progress = runs.Progress()
     panels = []
     for shown, model in zip(args.models, models):
+        caffe_net.about("%s with %s" % (args.net, shown))
         trained = features.load_net(caffe, cut,
                                     caffe_model.read(pb, model))
         weights = trained.params[layer.name][0].data
@@ -239,9 +276,9 @@ def run(args):
             raise UserError("%s: no sample has features and a label of the %d "
                             "classes" % (shown, len(weights)))
         name, last = describe(pb, model, layer.name)
-        panels.append((name, angles))
-        progress.say("%s: %s%s" % (shown, name, "" if last is None else
-                                   ", lambda %.3g at the end" % last))
+        panels.append((shown, name, angles))
+        progress.say(shown + (name and ": " + name) + (
+            "" if last is None else ", lambda %.3g at the end" % last))
         print("    %d samples%s: own class %.1f, nearest other class %.1f "
               "degrees (medians); median gap %.1f" % (
                   len(angles.own), " (%d without a class or with features of "

@@ -19,9 +19,11 @@ import argparse
 import math
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import matplotlib.pyplot as plt
 
-import caffe_proto
 import data_size
 import figures
 from caffe_proto import (
@@ -195,12 +197,12 @@ def candidate(text):
                             % (text, name, ", ".join(FIELDS)))
         if name in fields:
             raise UserError("--compare %s: %s is there twice" % (text, name))
+        whole = name in ("margin", "iteration")
         try:
-            fields[name] = (int if name in ("margin", "iteration")
-                            else float)(value)
+            fields[name] = (int if whole else float)(value)
         except ValueError:
-            raise UserError("--compare %s: %s is \"%s\": a number is wanted"
-                            % (text, name, value))
+            raise UserError("--compare %s: %s is \"%s\": a %snumber is wanted"
+                            % (text, name, value, "whole " * whole))
     return fields
 
 
@@ -479,7 +481,7 @@ def draw(descents, title):
             round(i * (solver.max_iter - 1) / max(1, count - 1))
             for i in range(count)})
         line, = axis.plot(iterations, [descent.at(i) for i in iterations],
-                          label="lambda of %s" % descent.name)
+                          label="lambda of " + figures.shortened(descent.name))
         for percent, value, first in descent.passes():
             if first is None or descent.m == 1:
                 continue
@@ -496,7 +498,7 @@ def draw(descents, title):
         rates = [learning_rate(solver, i) for i in iterations]
         positive |= any(0 < value < math.inf for value in rates)
         rate.plot(iterations, rates, linestyle="--", linewidth=1,
-                  color="tab:red" if alone else line.get_color(),
+                  color=figures.COLOURS[-1] if alone else line.get_color(),
                   label="learning rate" if alone or number == 0 else None)
     axis.set_yscale("log")
     # A curve that stays above lambda = 1 is not squeezed for the lower line.
@@ -527,7 +529,7 @@ def draw(descents, title):
         axis.legend(lines, names, fontsize=8, loc="upper center",
                     bbox_to_anchor=(0.5, -0.14), ncol=1 + (len(lines) > 6))
         figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
-    axis.set_title(title)
+    axis.set_title(figures.shortened(title))
     return figure
 
 

@@ -6,11 +6,19 @@ training sees at that lambda.
 """
 import argparse
 
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import MAX_MARGIN, user_errors
+
 import matplotlib.pyplot as plt
 import numpy as np
 
 import figures
-from caffe_proto import user_errors
+
+
+# Of the values of lambda.
+STYLES = ("-", "--", ":", "-.")
+# More names do not fit beside the plot.
+CURVES = 16
 
 
 def psi(theta, m):
@@ -29,12 +37,19 @@ def parse_args():
     parser.add_argument("-o", "--output", default="psi.png", metavar="PNG",
                         help="default: psi.png")
     args = parser.parse_args()
+    curves = len(args.m) * len(args.lambdas)
+    if len(args.lambdas) > len(STYLES) or curves > CURVES or \
+            len(args.m) > len(figures.COLOURS):
+        parser.error("-m and --lambda: a plot takes %d margins, %d values of "
+                     "lambda and %d curves at most" % (
+                         len(figures.COLOURS), len(STYLES), CURVES))
     for m in args.m:
-        if m < 1:
-            parser.error("-m %d: the margin is at least 1" % m)
+        if not 1 <= m <= MAX_MARGIN:
+            parser.error("-m %d: a margin is from 1 to %d" % (m, MAX_MARGIN))
     for value in args.lambdas:
         if not 0 <= value < float("inf"):
-            parser.error("--lambda %g: lambda is at least 0" % value)
+            parser.error("--lambda %g: lambda is finite and at least 0"
+                         % value)
     return args
 
 
@@ -43,14 +58,14 @@ def draw(margins, lambdas):
     theta = np.linspace(0, np.pi, 721)
     figure, axis = plt.subplots(figsize=(6, 4.5), constrained_layout=True)
     ends = []
-    for m in margins:
-        for value in lambdas:
+    for m, colour in zip(margins, figures.COLOURS):
+        for value, style in zip(lambdas, STYLES):
             mixture = (value * np.cos(theta) + psi(theta, m)) / (1 + value)
-            line, = axis.plot(np.degrees(theta), mixture)
+            axis.plot(np.degrees(theta), mixture, style, color=colour)
             name = "m = %d" % m
             if lambdas != [0]:
                 name += ", lambda = %g" % value
-            ends.append((mixture[-1], name, line.get_color()))
+            ends.append((mixture[-1], name, colour))
     axis.set_xlabel("theta, degrees")
     if lambdas == [0]:
         axis.set_ylabel("psi(theta)")
@@ -59,12 +74,13 @@ def draw(margins, lambdas):
     axis.set_xticks(range(0, 181, 30))
     axis.set_xlim(0, 180)
     axis.grid(alpha=0.3)
-    # Names that would lie on each other are moved apart.
+    # Names that would lie on each other are moved apart, down: lambda brings
+    # the ends together near the top.
     low, high = axis.get_ylim()
     gap = 0.045 * (high - low)
-    place = -np.inf
-    for value, name, colour in sorted(ends):
-        place = max(value, place + gap)
+    place = np.inf
+    for value, name, colour in sorted(ends, reverse=True):
+        place = min(value, place - gap)
         axis.annotate(name, (180, value), (186, place), va="center",
                       fontsize="small", color=colour, annotation_clip=False,
                       arrowprops=dict(arrowstyle="-", color=colour,

@@ -8,12 +8,14 @@ whose margin holds, and the shares of samples in the segments of psi.
 import argparse
 import os
 
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import user_errors
+
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 import figures
 from caffe_log import read_history
-from caffe_proto import user_errors
 from event_files import EventWriter
 
 
@@ -85,19 +87,16 @@ def draw(history, title):
     axes[-1, 0].set_xlabel("iteration")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1, 0].ticklabel_format(axis="x", useOffset=False, style="plain")
-    figure.suptitle(title)
+    figure.suptitle(figures.shortened(title))
     return figure
 
 
-def main():
-    args = parse_args()
+def run(args):
     output = args.output or os.path.splitext(args.log)[0] + ".png"
     history = read_history(args.log)
-    with user_errors():
-        events = args.tensorboard and EventWriter(args.tensorboard)
-    with user_errors():
-        figures.save(draw(history, args.title or os.path.basename(args.log)),
-                     output)
+    events = args.tensorboard and EventWriter(args.tensorboard)
+    figures.save(draw(history, args.title or os.path.basename(args.log)),
+                 output)
     if events:
         for row in history.rows():
             events.add(row)
@@ -108,6 +107,11 @@ def main():
               % (accuracies[-1], iterations[-1]))
     if events:
         print("event files: %s" % args.tensorboard)
+
+
+def main():
+    with user_errors():
+        run(parse_args())
 
 
 if __name__ == "__main__":

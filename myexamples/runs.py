@@ -15,7 +15,7 @@ import time
 import caffe_log
 import caffe_proto
 import snapshots
-from caffe_proto import ROOT, UserError, user_errors
+from caffe_proto import MAX_MARGIN, ROOT, UserError, user_errors
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
@@ -47,8 +47,12 @@ def parser(description, solver, output, seeds):
 def parse(options):
     """The arguments of such a parser, checked; margins rise."""
     args = options.parse_args()
-    if args.seeds < 1 or args.jobs < 1 or min(args.margins) < 1:
-        options.error("margins, seeds and jobs are at least 1")
+    if args.seeds < 1 or args.jobs < 1:
+        options.error("seeds and jobs are at least 1")
+    for margin in args.margins:
+        if not 1 <= margin <= MAX_MARGIN:
+            options.error("-m %d: a margin is from 1 to %d"
+                          % (margin, MAX_MARGIN))
     args.margins = sorted(set(args.margins))
     return args
 
@@ -65,6 +69,8 @@ def errors():
     with user_errors("stopped; run this again to go on"):
         try:
             yield
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise UserError("cannot write: %s" % error)
 
@@ -310,17 +316,34 @@ class Progress:
         print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
 
 
-def train_all(runs, jobs):
-    """Trains the runs that are not done yet, jobs of them at once."""
+def need(path, script):
+    """Raises UserError where what a script gets is not there."""
+    if not os.path.exists(path):
+        raise UserError("%s is missing: run %s, which gets what is needed"
+                        % (from_root(path), script))
+
+
+def train_all(runs, jobs, script):
+    """Trains the runs that are not done yet, jobs of them at once.
+
+    script is the one that gets their images.
+    """
     caffe = os.path.join(caffe_proto.caffe_root(), "build/tools/caffe")
     if not os.path.exists(caffe):
         raise UserError("%s is missing: run cmake/build_caffe.sh first"
                         % caffe)
     waiting = [run for run in runs if not run.is_done()]
+    for source in dict.fromkeys(layer.data_param.source for run in waiting
+                                for layer in run.net.layer):
+        need(os.path.join(ROOT, source), script)
     if len(waiting) < len(runs):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)
     total, finished, active = len(waiting), 0, {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # They end the runs, too. One that is ignored, as by nohup, stays so.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     left = Left(sum(run.solver.max_iter for run in waiting))
     progress = Progress()
     try:

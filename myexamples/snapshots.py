@@ -16,20 +16,6 @@ import sys
 import caffe_proto
 
 
-def read(message, path):
-    """Fills message from a binary file; raises UserError where it is cut."""
-    from google.protobuf.message import DecodeError
-    try:
-        with open(path, "rb") as file:
-            message.ParseFromString(file.read())
-    except OSError as error:
-        raise caffe_proto.UserError("%s cannot be read: %s"
-                                    % (path, error.strerror))
-    except DecodeError:
-        raise caffe_proto.UserError("%s is cut short" % path)
-    return message
-
-
 def check_model(pb, path):
     """Raises UserError where a .caffemodel or .caffemodel.h5 is not whole."""
     if path.endswith(".h5"):
@@ -37,8 +23,10 @@ def check_model(pb, path):
         import caffe_model
         caffe_model.read_hdf5(path)
     # To protobuf, an empty file is a net without layers.
-    elif not read(pb.NetParameter(), path).layer:
-        raise caffe_proto.UserError("%s is cut short" % path)
+    elif not caffe_proto.read_binary(path, pb.NetParameter(),
+                                     ".caffemodel").layer:
+        raise caffe_proto.UserError("%s is cut short, or no .caffemodel"
+                                    % path)
 
 
 def model_of(pb, path):
@@ -49,11 +37,13 @@ def model_of(pb, path):
             with caffe_model.hdf5().File(path, "r") as file:
                 return file["learned_net"][()].decode()
         except (OSError, KeyError, AttributeError):
-            raise caffe_proto.UserError("%s is cut short" % path)
-    state = read(pb.SolverState(), path)
+            raise caffe_proto.UserError("%s is cut short, or no .solverstate"
+                                    % path)
+    state = caffe_proto.read_binary(path, pb.SolverState(), ".solverstate")
     # Caffe always writes this field, and it comes last.
     if not state.HasField("current_step"):
-        raise caffe_proto.UserError("%s is cut short" % path)
+        raise caffe_proto.UserError("%s is cut short, or no .solverstate"
+                                    % path)
     return state.learned_net
 
 

@@ -17,10 +17,12 @@ that, where their shape shows it).
 import argparse
 import os
 
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
+
 import numpy as np
 
 import caffe_model
-import caffe_proto
 from caffe_net import Caffe
 from caffe_proto import UserError, user_errors
 from deploy_net import MARGIN, Graph

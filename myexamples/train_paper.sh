@@ -13,7 +13,7 @@
 #   --snapshot=FILE  go on from a .solverstate of an earlier training
 #   --weights=FILE   begin with the weights of a .caffemodel
 #
-# These and what else there is of options go to `caffe train`.
+# These and what else there is of options but --solver go to `caffe train`.
 #
 # shellcheck disable=SC2154  # what these three scripts set: $name, the folder
 # of $solver, the $shape of an image, and $get, which gets the data.
@@ -42,6 +42,8 @@ read_options() {
         options+=("$name") ;;
       *) bad_usage "unknown argument $1" ;;
     esac
+    [[ $name != --solver && $name != --solver=* ]] ||
+      bad_usage "--solver is $(rel "$solver") here"
     shift
   done
   [ -x "$CAFFE" ] || die "$CAFFE is missing: run cmake/build_caffe.sh first"
@@ -77,7 +79,7 @@ train_paper() {  # DIR
   fi
   train "$solver" "$dir" "${options[@]}" ||
     die "stopped before the end; go on from there with\
- --snapshot=$(rel "$(last_snapshot "$dir")")"
+ --snapshot=$(rel "$state")"
   "$PYTHON" "$ROOT/myexamples/plot_training.py" "$dir/train.log" \
     -o "$dir/training.png"
   say "done: the snapshots are in $(rel "$dir")"

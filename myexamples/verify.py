@@ -22,12 +22,16 @@ through what its data layer in the TEST phase says (mean, scale, crop), which
 the options replace; a deploy net says nothing of mean and scale.
 """
 import argparse
+import math
 import os
+
+# First: Ctrl-C is quiet from here on.
+import caffe_proto
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-import caffe_proto
+import caffe_net
 import features
 import figures
 import runs
@@ -81,6 +85,10 @@ def parse_args():
     parser.add_argument("-o", "--output", metavar="PNG", help="default: the "
                         "name of PAIRS with _roc.png, in this folder")
     args = parser.parse_args()
+    if args.scale is not None and not (args.scale and
+                                       math.isfinite(args.scale)):
+        parser.error("--scale %g: it must be a finite number other than 0"
+                     % args.scale)
     if args.batch < 1:
         parser.error("--batch is at least 1")
     if args.size and (len(args.size) > 2 or min(args.size) < 1):
@@ -322,6 +330,9 @@ def set_options(pb, args, preprocessing):
                 raise UserError("--mean %s: neither numbers nor one file"
                                 % " ".join(args.mean))
             preprocessing.set_mean_file(pb, args.mean[0])
+        if not np.isfinite(preprocessing.mean).all():
+            raise UserError("--mean %s: it must be finite"
+                            % " ".join(args.mean))
     preprocessing.check()
 
 
@@ -334,8 +345,9 @@ def run(args):
         raise UserError("no such image: %s (%d of %d are missing; --root and "
                         "--extension say where they are)"
                         % (missing[0], len(missing), len(pairs.paths)))
-    caffe = features.load_pycaffe()
+    caffe = features.start_pycaffe()
     if args.gpu is not None:
+        caffe_net.about("--gpu %d" % args.gpu)
         caffe.set_device(args.gpu)
         caffe.set_mode_gpu()
     extractor = features.Extractor(pb, caffe, args.net, args.model, args.blob,
@@ -357,6 +369,11 @@ def run(args):
               "first): their cosines are taken as 0"
               % (len(empty), "s"[len(empty) == 1:], empty[0]))
     scores = cosines(rows, pairs.first, pairs.second)
+    # Rates would be those of the rounding.
+    if np.ptp(scores) < 1e-6:
+        raise UserError("the cosine of every pair is %.3f: the features of "
+                        "blob \"%s\" tell nothing apart"
+                        % (scores[0], args.blob))
     report(args, pairs, scores)
 
 
@@ -390,10 +407,12 @@ def report(args, pairs, scores):
     output = args.output or stem + "_roc.png"
     figure, axis = plt.subplots(figsize=(6, 5), constrained_layout=True)
     rates = false_rates(min(1 / negative, 0.1))
-    draw_roc(axis, rates, [(os.path.basename(args.model),
-                            [roc.tar_at(rates)])])
-    axis.set_title("%s, EER %.2f %%" % (os.path.basename(args.pairs),
-                                        100 * roc.eer()))
+    draw_roc(axis, rates, [(
+        figures.shortened(os.path.basename(args.model), 40),
+        [roc.tar_at(rates)])])
+    axis.set_title("%s, EER %.2f %%" % (
+        figures.shortened(os.path.basename(args.pairs), 40),
+        100 * roc.eer()))
     figures.save(figure, output)
 
 

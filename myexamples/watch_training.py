@@ -18,7 +18,8 @@ percentile), the mean norms of features x and of class weights w, the share of
 samples whose margin holds, and the percentages of samples in the segments
 k = 0, 1, ... of psi.
 
-Warnings and errors of Caffe pass through.
+Warnings and errors of Caffe pass through, as does all that is neither a line
+of its log nor one of the solver's and the nets' parameters.
 """
 import argparse
 import os
@@ -35,7 +36,11 @@ from caffe_proto import UserError, user_errors
 from early_warning import EarlyWarning
 from event_files import EventWriter
 
-_TROUBLE = re.compile(r"[WEF]\d{4,8} ")
+# A line of glog that tells how things are, one of a message in protobuf's text
+# format, or an empty one.
+_NEWS = re.compile(r"I\d{4,8} |\s*([a-z]\w*( \{|: (\S+|\".*\"))|\})?\s*$")
+_NO_TRAINING = ("no training began: there was no line \"Iteration N, loss = "
+                "...\"")
 STOPPED = 3
 
 
@@ -54,8 +59,8 @@ class Table:
         self.on_alarm = on_alarm
         self.early = EarlyWarning(self.log_head)
         self.start = None
-        self.fatal = False
-        self.tested = None
+        self.began = self.stopped = False
+        self.tested = self.last = None
         self.has_head = False
         self.with_margin = False
         self.states = []
@@ -130,10 +135,17 @@ class Table:
 
     def add(self, row):
         """Takes the next row of the log."""
+        self.began = True
         if row.kind == "test":
             if row.values and row.net == 0:
                 self.tested = row
-            return
+        elif row.iteration == self.max_iter and not self.tested:
+            self.last = row  # its test comes after it
+        else:
+            self.show(row)
+
+    def show(self, row):
+        """Prints a train row and what is wrong with it."""
         self.line(row.iteration, row)
         for alarm in self.early.add(row):
             print(alarm, flush=True)
@@ -144,13 +156,14 @@ class Table:
         """Takes a line that is part of no row."""
         if caffe_log.begins(line):
             self.end()
-            self.tested = self.start = None
+            self.tested = self.last = self.start = None
+            self.began, self.stopped = True, False
         self.log_head.take(line)
-        self.fatal = self.fatal or bool(re.match(r"F\d{4,8} ", line))
+        self.stopped |= "] Optimization stopped early" in line
         model, state, restored = (
             read(line) for read in (caffe_log.snapshot, caffe_log.state,
                                     caffe_log.restored))
-        if self.fatal or _TROUBLE.match(line):
+        if not _NEWS.match(line):
             print(line.rstrip("\n"), file=sys.stderr, flush=True)
         elif model or restored:
             print("%13s %s" % ("snapshot" if model else "continues",
@@ -159,8 +172,10 @@ class Table:
             self.states.append(state or restored)
 
     def end(self):
-        """Prints the test that came after a training's last iteration."""
-        if self.tested:
+        """Prints what came after a training's last iteration."""
+        if self.last:
+            self.show(self.last)
+        elif self.tested:
             self.line(self.tested.iteration, None)
 
 
@@ -261,7 +276,14 @@ def run(args, events):
     table = Table(training.stop if args.stop else None)
     watch(training.lines(), table, events)
     status = training.status()
+    if not table.began:
+        print("error: " + _NO_TRAINING, file=sys.stderr)
     if not training.alarm or status:
+        if table.stopped:
+            print("stopped before the end; %s" % (
+                "go on from there with --snapshot=%s"
+                % shlex.quote(table.states[-1]) if table.states else
+                "there is no snapshot to go on from"), flush=True)
         return status
     print(gentler.advice(args.command, training.alarm, table.states),
           flush=True)
@@ -278,7 +300,10 @@ def main():
             signal.signal(signal.SIGINT, lambda *_: None)
         if args.command:
             sys.exit(run(args, events))
-        watch(sys.stdin, Table(), events)
+        table = Table()
+        watch(sys.stdin, table, events)
+        if not table.began:
+            raise UserError(_NO_TRAINING)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ import sys
 import tarfile
 import zlib
 
-import numpy as np
-from PIL import Image
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)),
                                 ".."))
+# First: Ctrl-C is quiet from here on.
 from caffe_proto import UserError, user_errors  # noqa: E402
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
 
 PIXELS = 32 * 32
 # The package's own spelling.

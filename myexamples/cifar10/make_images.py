@@ -4,12 +4,14 @@ import argparse
 import os
 import sys
 
-import numpy as np
-from PIL import Image
-
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)),
                                 ".."))
+# First: Ctrl-C is quiet from here on.
 import caffe_proto  # noqa: E402
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
 from caffe_proto import UserError, user_errors  # noqa: E402
 
 SIZE = 32

@@ -23,11 +23,13 @@ import os
 import shutil
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
 import caffe_proto  # noqa: E402
+
+import numpy as np  # noqa: E402
+
 import lmdb_file  # noqa: E402
 import runs  # noqa: E402
 from caffe_proto import UserError  # noqa: E402

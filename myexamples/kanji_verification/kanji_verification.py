@@ -16,14 +16,17 @@ the characters of the test alone.
 import os
 import sys
 
-import numpy as np
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
-import pair_judging  # noqa: E402
-import runs  # noqa: E402
+# First: Ctrl-C is quiet from here on.
 from caffe_proto import UserError  # noqa: E402
 
+import numpy as np  # noqa: E402
+
+import pair_judging  # noqa: E402
+import runs  # noqa: E402
+
+SCRIPT = "myexamples/kanji_verification/train_kanji.sh"
 DRAWN = os.path.join(HERE, "drawn", "pairs.npz")
 # Sets of draw_characters.py, and what is said of them.
 TEST = {"known_typefaces": "%d characters, in the training's typefaces",
@@ -58,9 +61,10 @@ def read_parts(path, titles, kind):
 def main():
     with runs.errors():
         args = parse_args()
+        runs.need(DRAWN, SCRIPT)
         pair_judging.run_all(args, read_parts(
             DRAWN, VALIDATION, "validation") if args.validation
-            else read_parts(DRAWN, TEST, "test"))
+            else read_parts(DRAWN, TEST, "test"), SCRIPT)
 
 
 if __name__ == "__main__":

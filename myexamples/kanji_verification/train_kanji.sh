@@ -27,4 +27,4 @@ fi
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
 export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
 say "training on $(cat "$here/drawn/train_lmdb/dataset.txt")"
-"$PYTHON" "$helper" "$@"
+exec "$PYTHON" "$helper" "$@"

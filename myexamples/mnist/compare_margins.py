@@ -17,9 +17,11 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
 import caffe_proto  # noqa: E402
 import runs  # noqa: E402
 
+SCRIPT = "myexamples/mnist/compare_margins.sh"
 # lambda is 0.004 after the 6000 iterations of the solver.
 DESCENT = {"base": 1000.0, "gamma": 0.01, "power": 3.0, "lambda_min": 0.0}
 VALIDATION = {"myexamples/mnist/mnist_train_lmdb":
@@ -193,7 +195,8 @@ def run_all(args):
     all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
         pb, args.solver, folder(args, name, margin), margin, seed,
         args.descent, VALIDATION if args.validation else None))
-    runs.train_all(all_runs, args.jobs)
+    runs.train_all(all_runs, args.jobs, SCRIPT + " --validation"
+                   if args.validation else SCRIPT)
     report(args, all_runs)
 
 

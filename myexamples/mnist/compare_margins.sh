@@ -16,4 +16,4 @@ need_plots
   need_packages "the statistics" python3-scipy
 one_at_a_time "$here/comparison/.lock"
 say "training on $(mnist_name)"
-"$PYTHON" "$helper" "$@"
+exec "$PYTHON" "$helper" "$@"

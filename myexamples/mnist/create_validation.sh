@@ -8,6 +8,8 @@
 # shellcheck source=SCRIPTDIR/../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
+[ $# -eq 0 ] || bad_usage "unknown argument $1"
+
 here=$ROOT/myexamples/mnist
 fit_db=$here/mnist_fit_lmdb
 validation_db=$here/mnist_validation_lmdb

@@ -12,17 +12,21 @@ import os
 import statistics
 import sys
 
-import numpy as np
-from matplotlib.patheffects import withStroke
-from PIL import Image  # matplotlib needs it too
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
 import caffe_proto  # noqa: E402
+
+import numpy as np  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
+from PIL import Image  # noqa: E402  (matplotlib needs it too)
+
+import caffe_net  # noqa: E402
 import runs  # noqa: E402
-from features import load_pycaffe  # noqa: E402
+from features import start_pycaffe  # noqa: E402
 from figures import plt  # noqa: E402
 
+SCRIPT = "myexamples/mnist_2d/train_2d.sh"
 SOLVER = os.path.join(HERE, "mnist_2d_solver.prototxt")
 # Test accuracy in percent, from figure 2 of the paper.
 PAPER = {1: 98.45, 2: 98.96, 3: 99.22, 4: 99.34}
@@ -69,6 +73,7 @@ def features_of(caffe, pb, run):
         file.write(text_format.MessageToString(net_proto))
     found = []
     for path in (on_training, os.path.join(run.path, "net.prototxt")):
+        caffe_net.about(path)
         net = caffe.Net(path, caffe.TEST, weights=run.model)
         found.append(Features(
             net, run.solver.test_iter[0] * sources[pb.TEST].batch_size))
@@ -153,11 +158,11 @@ def run_all(args):
     output = os.path.abspath(args.output)
     all_runs = runs.of_each(args, lambda name, margin, seed: runs.Run(
         pb, args.solver, os.path.join(output, name), margin, seed))
-    runs.train_all(all_runs, args.jobs)
+    runs.train_all(all_runs, args.jobs, SCRIPT)
     first = all_runs[:len(args.margins)]
     images = first[0].dataset() or "images of your own"
     paper = PAPER if images == "MNIST" else {}
-    caffe = load_pycaffe()
+    caffe = start_pycaffe()
     # Where the paths of the nets are meant from.
     os.chdir(caffe_proto.ROOT)
     caffe.set_mode_cpu()

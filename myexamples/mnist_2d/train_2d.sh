@@ -15,4 +15,4 @@ one_at_a_time "$ROOT/myexamples/mnist_2d/runs/.lock"
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
 export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
 say "training on $(mnist_name)"
-"$PYTHON" "$helper" "$@"
+exec "$PYTHON" "$helper" "$@"

@@ -15,10 +15,13 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
+# First: Ctrl-C is quiet from here on.
+import caffe_proto  # noqa: E402
 import pair_judging  # noqa: E402
 import runs  # noqa: E402
 import split_digits  # noqa: E402
 
+SCRIPT = "myexamples/mnist_verification/train_verification.sh"
 # Of the pairs: what is said of their digits, and which these are.
 PAIRS = {"never trained on": (5, 9), "trained on": (0, 4)}
 
@@ -36,10 +39,12 @@ def parse_args():
 def main():
     with runs.errors():
         args = parse_args()
+        for end in split_digits.ENDS:
+            runs.need(args.images + end, SCRIPT)
         pair_judging.run_all(args, [
             pair_judging.Part("digits %d to %d, %s" % (digits + (what,)),
                               *split_digits.read(args.images, *digits))
-            for what, digits in PAIRS.items()])
+            for what, digits in PAIRS.items()], SCRIPT)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,18 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
-import idx_file  # noqa: E402
+# First: Ctrl-C is quiet from here on.
 from caffe_proto import UserError, user_errors  # noqa: E402
+
+import idx_file  # noqa: E402
+
+ENDS = ("-images-idx3-ubyte", "-labels-idx1-ubyte")
 
 
 def read_all(prefix):
     """(images, labels), one label an image."""
-    images = idx_file.read(prefix + "-images-idx3-ubyte", 3)
-    labels = idx_file.read(prefix + "-labels-idx1-ubyte", 1)
+    images, labels = (idx_file.read(prefix + end, axes)
+                      for end, axes in zip(ENDS, (3, 1)))
     if len(images) != len(labels):
         raise UserError("%s: %d images and %d labels"
                         % (prefix, len(images), len(labels)))
@@ -47,6 +51,15 @@ def read_part(prefix, part):
     return images[part], labels[part]
 
 
+def check_apart(source, target):
+    """Raises UserError where files of target are files of source."""
+    for end in ENDS:
+        if os.path.exists(target + end) and os.path.exists(source + end) and \
+                os.path.samefile(source + end, target + end):
+            raise UserError("TO is FROM, %s: write to another file"
+                            % (target + end))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -60,13 +73,14 @@ def main():
         parser.error("%s is no range like 0-4, nor fit or validation"
                      % args.part)
     with user_errors():
+        check_apart(args.source, args.target)
         if classes:
             images, labels = read(args.source, *map(int, classes.groups()))
         else:
             images, labels = read_part(args.source, args.part)
         try:
-            idx_file.write(args.target + "-images-idx3-ubyte", images)
-            idx_file.write(args.target + "-labels-idx1-ubyte", labels)
+            for end, array in zip(ENDS, (images, labels)):
+                idx_file.write(args.target + end, array)
         except OSError as error:
             raise UserError("cannot write: %s" % error)
 

@@ -22,4 +22,4 @@ make_lmdb "$here/test_lmdb" "$data" "$data/t10k" 0-4
 export OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}
 export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-1}
 say "training on the classes 0 to 4 of $(cat "$data/dataset.txt")"
-"$PYTHON" "$helper" "$@"
+exec "$PYTHON" "$helper" "$@"

@@ -192,10 +192,15 @@ def test_what_is_no_export(folder, tmp_path):
     assert status == 1 and "error: cannot read %s" % tmp_path in out
     net = folder / "deploy.prototxt"
     text = net.read_text()
-    net.write_text(text.replace("#   mean", "#   maen"))
-    status, out = classify(folder, good)
-    assert status == 1 and "does not say how its input is made" in out
+    for wrong in (text.replace("#   mean", "#   maen").encode(), b"\xff\xfe"):
+        net.write_bytes(wrong)
+        status, out = classify(folder, good)
+        assert status == 1 and "does not say how its input is made" in out
     net.write_text(text)
-    (folder / "deploy.caffemodel").write_bytes(b"\x01\x02")
-    status, out = classify(folder, good)
-    assert status == 1 and "error: OpenCV cannot read" in out
+    # Of two of these OpenCV makes a net without weights.
+    for model in (b"\x01\x02", b"", b"text"):
+        (folder / "deploy.caffemodel").write_bytes(model)
+        status, out = classify(folder, good)
+        assert (status, out.count("\n")) == (1, 1)
+        assert out.startswith(
+            "error: OpenCV cannot read or run the net in %s: " % folder)

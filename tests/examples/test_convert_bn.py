@@ -472,10 +472,19 @@ def test_command(binary):
                    "inverse-std")
     assert done.returncode == 1 and done.stdout.count("\n") == 1
     assert done.stdout.startswith("error: cannot read ")
+    # In which protobuf may find an end without a beginning.
+    text = binary.path("text")
+    text.write_text("layer {\n")
+    done = command(text, out, "--from", "variance", "--to", "inverse-std")
+    assert done.stdout == ("error: %s is cut short, or no .caffemodel\n"
+                           % text)
     assert not out.parent.exists()
     done = command(binary.first, out, "--from", "variance", "--to", "variance")
     assert done.returncode == 2
     assert "--from and --to are both variance" in done.stdout
-    done = command(binary.first, out, "--from", "variance", "--to",
-                   "inverse-std", "--eps", "-1")
-    assert done.returncode == 2 and "--eps -1" in done.stdout
+    for eps in ("-1", "inf"):
+        done = command(binary.first, out, "--from", "variance", "--to",
+                       "inverse-std", "--eps", eps)
+        assert done.returncode == 2
+        assert "--eps %s: it must be at least 0 and below 1e30" % eps \
+            in done.stdout

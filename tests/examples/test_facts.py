@@ -26,6 +26,12 @@ def test_psi_is_that_of_the_table():
         assert plot_psi.psi(theta, m) == pytest.approx(want, abs=1e-9)
 
 
+def test_largest_margin_is_the_layers():
+    with open(os.path.join(os.path.dirname(TESTS), "src", "large_margin",
+                           "margin.rs")) as file:
+        assert "MAX: u32 = %d;" % caffe_proto.MAX_MARGIN in file.read()
+
+
 def test_lambda_is_that_of_the_table():
     for base, gamma, power, lambda_min, iteration, want in table("lambda.txt"):
         param = types.SimpleNamespace(

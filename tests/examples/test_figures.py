@@ -1,6 +1,8 @@
 """What the plots of myexamples have in common."""
+import glob
 import itertools
 import os
+import re
 import sys
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "myexamples"))
+import plot_angles  # noqa: E402
 import plot_lambda  # noqa: E402
 import plot_psi  # noqa: E402
 from caffe_proto import UserError  # noqa: E402
@@ -55,6 +58,44 @@ def test_the_file_that_is_named_is_there(tmp_path, monkeypatch, capsys):
         assert (tmp_path / made).stat().st_size > 1000
     with pytest.raises(UserError, match="cannot write none/f.png: "):
         plot_lambda.figures.save(plot_psi.draw([2], [0]), "none/f")
+
+
+def within(text, figure):
+    """Whether all of a text is in the picture."""
+    figure.canvas.draw()
+    box = text.get_window_extent()
+    return box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_long_paths_keep_the_file(pb):
+    path = "a/folder/" * 20 + "the_solver.prototxt"
+    solver = pb.SolverParameter(max_iter=1000, base_lr=0.1, lr_policy="fixed")
+    figure = plot_lambda.draw([plot_lambda.Descent(
+        solver, pb.LargeMarginInnerProductParameter(type=3, base=1000),
+        "ip2", "ip2")], path)
+    title = figure.axes[0].title
+    assert title.get_text().endswith("/the_solver.prototxt")
+    assert within(title, figure)
+
+
+def test_models_of_one_margin_are_told_apart():
+    weights, labels = np.eye(2), np.arange(9) % 2
+    angles = plot_angles.Angles(weights[labels], labels, weights)
+    figure = plot_angles.draw([
+        ("a/folder/" * 9 + "m4_seed%d/model_iter_6000.caffemodel" % seed,
+         "m = 4", angles) for seed in (1, 2)], "angles")
+    for seed, axis in enumerate(figure.axes, 1):
+        assert re.fullmatch(
+            r"\.\.\..*/m4_seed%d/model_iter_6000\.caffemodel: m = 4, median "
+            r"gap 90\.0 degrees" % seed, axis.get_title())
+        assert within(axis.title, figure)
+
+
+def test_colours_are_the_palettes():
+    for path in glob.glob(os.path.join(ROOT, "myexamples/**/*.py"),
+                          recursive=True):
+        with open(path) as file:
+            assert "tab:" not in file.read(), path
 
 
 def test_many_names_do_not_lie_over_the_curves(pb):

@@ -180,9 +180,12 @@ def test_the_status_and_the_words_of_a_caffe_that_fails(folder):
     assert "File not found: none" in done.stdout
 
 
-def test_ctrl_c_lets_caffe_write_its_snapshot(folder):
+@pytest.mark.parametrize("snapshots", [True, False])
+def test_ctrl_c_lets_caffe_write_its_snapshot(folder, snapshots):
     (folder / "solver.prototxt").write_text(
-        SOLVER.replace("gamma: 1e9", "gamma: 0.1"))
+        SOLVER.replace("gamma: 1e9", "gamma: 0.1").replace(
+            "snapshot: 10 ", "snapshot: 1000000 snapshot_after_train: %s "
+            % str(snapshots).lower()))
     process = subprocess.Popen(
         [WATCH, "--log", "train.log", "--", CAFFE, "train",
          "--solver=solver.prototxt"], cwd=folder, text=True,
@@ -195,7 +198,12 @@ def test_ctrl_c_lets_caffe_write_its_snapshot(folder):
     os.killpg(process.pid, signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 0, out
-    assert "Traceback" not in out and "snapshot" in out
+    assert "Traceback" not in out
+    states = list((folder / "a folder").glob("*.solverstate"))
+    assert len(states) == snapshots
+    assert out.splitlines()[-1] == "stopped before the end; " + (
+        "go on from there with --snapshot='a folder/%s'" % states[0].name
+        if snapshots else "there is no snapshot to go on from")
     assert "stopped early" in (folder / "train.log").read_text()
 
 

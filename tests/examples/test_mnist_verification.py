@@ -1,6 +1,7 @@
 """Verification on digits that were not trained on, with little data."""
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -46,6 +47,26 @@ def test_split(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="has 39 bytes where its header says"):
         split_digits.read(prefix, 0, 4)
+
+
+def test_split_leaves_its_source_alone(tmp_path):
+    prefix = tmp_path / "x"
+    for end, axes in zip(split_digits.ENDS, (3, 1)):
+        idx_file.write(str(prefix) + end,
+                               np.ones((6, 2, 2)[:axes], np.uint8))
+    os.symlink("x" + split_digits.ENDS[1], str(tmp_path / "y")
+               + split_digits.ENDS[1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for target in ("x", "y"):
+        done = subprocess.run(
+            [split_digits.__file__, str(prefix), str(tmp_path / target),
+             "fit"], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        assert done.returncode == 1
+        assert done.stdout.startswith("error: TO is FROM, %s-" % (
+            tmp_path / target))
+        assert before == {path: path.read_bytes()
+                          for path in tmp_path.iterdir()}
 
 
 def test_from_nothing_and_again(tree, caffe_root):

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from conftest import CAFFE_ROOT
+from conftest import CAFFE_ROOT, ROOT
 from test_training import mnist as large_mnist  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("caffe_root")
@@ -79,8 +79,19 @@ def test_cpu_and_snapshot_with_a_blank(mnist, cpu_only):
 
 @pytest.mark.parametrize("args, says", [
     (["more"], "unknown argument more"),
-    (["--cpu", "--gpu=0"], "--cpu and --gpu exclude each other")])
+    (["--cpu", "--gpu=0"], "--cpu and --gpu exclude each other"),
+    (["--cpu", "--solver=x"], "--solver is myexamples/mnist/mnist_solver"),
+    (["-solver", "x"], "--solver is myexamples/mnist/mnist_solver")])
 def test_bad_options(mnist, args, says):
     done = mnist.run(SCRIPT, *args, env=mnist.env)
     assert done.returncode in (1, 2) and says in done.stdout
     assert not mnist.path("mnist/mnist_train_lmdb").exists()
+
+
+def test_hours_of_a_caffe_that_is_missing():
+    done = subprocess.run(
+        [ROOT + "/myexamples/cpu_hours.py", "/none/caffe",
+         ROOT + "/myexamples/" + SOLVER, "1", "28", "28"], cwd="/",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert (done.returncode, done.stdout) == (
+        1, "error: cannot start /none/caffe: No such file or directory\n")

@@ -12,6 +12,7 @@ from conftest import CAFFE_ROOT, ROOT
 
 sys.path.insert(0, os.path.join(ROOT, "myexamples"))
 import caffe_proto  # noqa: E402
+import lmdb_file  # noqa: E402
 import plot_angles  # noqa: E402
 
 NET = """
@@ -140,6 +141,11 @@ def test_samples_without_a_class_are_left_out(tmp_path, caffe_root):
 
 
 MISTAKES = [
+    (('"Flatten" bottom: "data" top: "flat" }', """"InnerProduct"
+       bottom: "data" top: "a" inner_product_param { num_output: 2 } }
+       layer { name: "relu" type: "ReLU" bottom: "a" top: "flat" }"""),
+     ["--layer", "flat"],
+     'net.prototxt has no class weights: "ip" goes on from it'),
     (("", ""), ["--layer", "fc"], 'has no layer "fc" in the TEST'),
     (("", ""), ["--label", "y"], 'has no blob "y" in the TEST phase'),
     (('"ip" type: "L', '"x" type: "InnerProduct" #'), [],
@@ -164,6 +170,41 @@ def test_mistakes(tmp_path, caffe_root, monkeypatch, change, args, message):
         plot_angles.main()
     assert str(error.value).startswith("error: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("data, message", [
+    (None, "No such file or directory"),
+    (b"", "is empty"),
+    (b"no database" * 999, "MDB_INVALID: File is not an LMDB file"),
+], ids=["no file", "no entry", "junk"])
+def test_data_that_are_no_lmdb(tmp_path, caffe_root, data, message):
+    net = Net(tmp_path)
+    db = tmp_path / "lmdb"
+    if data == b"":
+        lmdb_file.write(str(db), [])
+    else:
+        db.mkdir()
+        if data:
+            (db / "data.mdb").write_bytes(data)
+    text = net.path.read_text()
+    net.path.write_text(text.replace('"ImageData"', '"Data"', 1).replace(
+        'image_data_param { source: "%s" batch_size: 4 is_color: false }'
+        % net.list, 'data_param { source: "%s" batch_size: 4 backend: LMDB }'
+        % db))
+    done = net.plot(net.path, net.model("a", [0, 90, 180]))
+    assert done.returncode == 1
+    assert re.fullmatch("error: .*%s.*%s.*\n" % (db, message), done.stdout)
+
+
+def test_data_that_end_caffe(tmp_path, caffe_root):
+    """In a thread of its own, with no layer at fault."""
+    net = Net(tmp_path)
+    (tmp_path / "3.png").write_text("no image")
+    model = net.model("a", [0, 90, 180])
+    done = net.plot(net.path, model)
+    assert done.returncode == 1
+    assert re.fullmatch("error: %s with %s: Caffe says.*: Check failed: .+\n"
+                        % (net.path, model), done.stdout)
 
 
 def test_model_and_files_that_do_not_fit(tmp_path, caffe_root):

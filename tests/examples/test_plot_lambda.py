@@ -343,6 +343,7 @@ solver_mode: CPU snapshot_prefix: "%s/none" lr_policy: %s
     ("gamma: -1", "", "layer lm: largemargin_inner_product_param.gamma is -1"),
     ("base: nan", "", "largemargin_inner_product_param.base is nan"),
     ("margin: 0", "", "largemargin_inner_product_param.margin is 0"),
+    ("margin: 1001", "", "margin is 1001: it must be from 1 to 1000"),
     (GOOD, "iter_size: 0", "iter_size is 0"),
     (GOOD, "max_iter: 0", "max_iter is 0"),
     (GOOD, 'lr_policy: "up"', 'lr_policy "up" is none of Caffe\'s'),
@@ -371,6 +372,10 @@ def test_missing_files(solver, tmp_path):
     done = plot_lambda(tmp_path / "none.prototxt")
     assert done.returncode == 1 and "error: cannot read" in done.stdout
     path = solver(GOOD)
+    binary = tmp_path / "a.caffemodel"
+    binary.write_bytes(b"\n\x02ip\xff\xfe")
+    assert plot_lambda(binary).stdout == (
+        "error: %s is no prototxt: it is no text\n" % binary)
     (tmp_path / "a net.prototxt").unlink()
     done = plot_lambda(path)
     assert done.returncode == 1 and "which is not there" in done.stdout
@@ -527,7 +532,10 @@ def test_a_candidate_is_drawn_over_the_net(solver, pb):
      "param.gamma is -1"),
     ("margin=0", "largemargin_inner_product_param.margin is 0"),
     ("margin=-1", "--compare margin=-1: "),
-    ("margin=2.5", '--compare margin=2.5: margin is "2.5"'),
+    ("margin=2.5", '--compare margin=2.5: margin is "2.5": a whole number is '
+     "wanted"),
+    ("margin=100000", "margin is 100000: it must be from 1 to 1000"),
+    ("base=inf", "base is inf: it must be finite and at least 0"),
 ])
 def test_mistakes_in_what_is_compared(solver, pb, other, says):
     import plot_lambda as tool
@@ -673,10 +681,10 @@ def test_psi_is_continuous_and_falls():
 
 
 @pytest.mark.parametrize("lambdas, axis_name, names", [
-    ([0], "psi(theta)", ["m = 4", "m = 1"]),
+    ([0], "psi(theta)", ["m = 1", "m = 4"]),
     ([0, 5], "(lambda cos(theta) + psi(theta)) / (1 + lambda)",
-     ["m = 4, lambda = 0", "m = 4, lambda = 5", "m = 1, lambda = 0",
-      "m = 1, lambda = 5"]),
+     ["m = 1, lambda = 5", "m = 1, lambda = 0", "m = 4, lambda = 5",
+      "m = 4, lambda = 0"]),
 ])
 def test_psi_names_its_curves_where_they_end(lambdas, axis_name, names):
     from plot_psi import draw
@@ -687,9 +695,9 @@ def test_psi_names_its_curves_where_they_end(lambdas, axis_name, names):
     assert sorted(text.xy[1] for text in axis.texts) == sorted(ends)
     # At the curve of that name, and not on each other.
     places = [text.get_position()[1] for text in axis.texts]
-    assert min(np.diff(places)) > 0.3
+    assert max(np.diff(places)) < -0.3
     for text, place in zip(axis.texts, places):
-        assert text.xy[1] <= place < text.xy[1] + 1
+        assert text.xy[1] >= place > text.xy[1] - 1
 
 
 def test_psi_plot(tmp_path):
@@ -697,5 +705,29 @@ def test_psi_plot(tmp_path):
     done = run("plot_psi.py", "-m", 2, 4, "--lambda", 0, 5, "-o", png)
     assert done.returncode == 0, done.stdout
     assert Image.open(str(png)).size == (600, 450)
-    assert run("plot_psi.py", "-m", 0, "-o", png).returncode != 0
+    for m in (0, 1001):
+        done = run("plot_psi.py", "-m", m, "-o", png)
+        assert done.returncode == 2
+        assert "-m %d: a margin is from 1 to 1000" % m in done.stdout
     assert run("plot_psi.py", "-l", "-1", "-o", png).returncode != 0
+
+
+def test_psi_of_many_margins_and_lambdas(tmp_path):
+    """Each curve has a look of its own and its name in the picture."""
+    from plot_psi import draw
+    figure = draw([1, 2, 3, 4], [0, 1, 3, 10])
+    figure.canvas.draw()
+    axis, = figure.axes
+    looks = {(line.get_color(), line.get_linestyle())
+             for line in axis.get_lines()}
+    assert len(looks) == len(axis.get_lines()) == len(axis.texts) == 16
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert axis.bbox.y0 < box.y0 < box.y1 < axis.bbox.y1
+        assert box.x1 < figure.bbox.x1
+    for args in (["-m", *range(1, 6), "-l", 0, 1, 3, 10],
+                 ["-m", *range(1, 9)], ["-m", 2, "-l", 0, 1, 2, 3, 4]):
+        done = run("plot_psi.py", *args, "-o", tmp_path / "x.png")
+        assert done.returncode == 2
+        assert ("a plot takes 7 margins, 4 values of lambda and 16 curves at "
+                "most") in done.stdout

@@ -74,5 +74,14 @@ def test_from_another_folder(trained):
     assert error.endswith("%s has no whole snapshot\n" % (folder / "out"))
 
 
+@pytest.mark.parametrize("name", ["a.caffemodel", "a.solverstate"])
+@pytest.mark.parametrize("text", ["", "text", "layer {\n", "net: \"a\"\n"])
+def test_what_is_no_snapshot(tmp_path, caffe_root, name, text):
+    """One line, and no warning of protobuf's."""
+    (tmp_path / name).write_text(text)
+    assert snapshots(tmp_path, name) == (
+        1, "", "error: %s is cut short, or no %s\n" % (name, name[1:]))
+
+
 def test_a_folder_without_any(tmp_path, caffe_root):
     assert snapshots(tmp_path, ".") == (0, "", ". has no whole snapshot\n")

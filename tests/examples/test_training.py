@@ -1,5 +1,6 @@
 """The training scripts, with the built Caffe and little data."""
 import contextlib
+import gzip
 import os
 import re
 import shutil
@@ -77,7 +78,7 @@ def test_quick_from_nothing_and_again(mnist, caffe_root):
     shown = [line.split()[:3] for line in lines
              if re.match(r" +\d+/20 +\d", line)]
     assert [row[0] for row in shown] == ["0/20", "5/20", "10/20", "15/20",
-                                         "20/20", "20/20"]
+                                         "20/20"]
     for row in shown[:4]:
         iteration = int(row[0].split("/")[0])
         assert float(row[2]) == pytest.approx(
@@ -153,6 +154,76 @@ def test_quick_goes_on_after_ctrl_c(mnist):
     assert "Iteration 0 " in log.read_text()
 
 
+def whole_output(process):
+    """What a script and all that it has started write to their end."""
+    try:
+        return process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+@pytest.mark.parametrize("kill, number", [
+    (os.kill, signal.SIGTERM), (os.killpg, signal.SIGHUP)])
+def test_quick_ended_by_a_signal_ends_caffe(mnist, kill, number):
+    """SIGHUP comes to all of its processes, where a terminal is closed."""
+    mnist.replace("mnist/quick_solver.prototxt", max_iter=100000,
+                  test_interval=100000, display=10, snapshot=100000)
+    out = mnist.path("mnist/quick_snapshot")
+    process = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    log = out / "train.log"
+    wait_for(lambda: log.exists() and "Iteration 10 " in log.read_text(),
+             process)
+    waiting = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    try:
+        for line in waiting.stdout:
+            if "waiting for another script" in line:
+                break
+        for name, pid in (("bash", process.pid), ("caffe", r"\d+")):
+            assert re.search(r"%s %s[,)]" % (name, pid), line), line
+    finally:
+        os.killpg(waiting.pid, signal.SIGKILL)
+        waiting.communicate()
+    kill(process.pid, number)
+    text = whole_output(process)
+    assert process.returncode == 128 + number, text
+    assert "stopped early" in log.read_text().splitlines()[-2]
+    assert list(out.glob("*.solverstate"))
+    assert "Traceback" not in text
+
+
+def test_quick_stopped_before_a_snapshot(mnist):
+    """In the test before the first iteration."""
+    mnist.replace("mnist/quick_solver.prototxt", test_iter=100000)
+    mnist.replace("mnist/quick_solver.prototxt", test_initialization="true")
+    process = mnist.start("mnist/train_quick.sh", env=mnist.env)
+    log = mnist.path("mnist/quick_snapshot/train.log")
+    wait_for(lambda: log.exists() and "Testing net" in log.read_text(),
+             process)
+    os.killpg(process.pid, signal.SIGINT)
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 1
+    assert lines[-1] == "train_quick.sh: error: stopped before the first " \
+        "snapshot: run this again"
+
+
+def test_comparison_ended_by_a_signal_ends_caffe(mnist):
+    mnist.replace("mnist/compare_solver.prototxt", max_iter=100000,
+                  test_interval=100000)
+    process = mnist.start("mnist/compare_margins.sh", "-m", "1", "2", "-s",
+                          "1", "-j", "2", env=mnist.env)
+    logs = [mnist.path("mnist/comparison/m%d_seed1/train.log" % margin)
+            for margin in (1, 2)]
+    wait_for(lambda: all(log.exists() and "Iteration 2 " in log.read_text()
+                         for log in logs), process)
+    process.terminate()
+    whole_output(process)
+    assert process.returncode == 128 + signal.SIGTERM
+    before = [log.stat().st_size for log in logs]
+    time.sleep(1)
+    assert [log.stat().st_size for log in logs] == before
+
+
 def test_quick_killed_before_a_snapshot_starts_again(mnist):
     process = mnist.start("mnist/train_quick.sh", env=mnist.env)
     log = mnist.path("mnist/quick_snapshot/train.log")
@@ -222,6 +293,8 @@ def test_quick_shows_the_error_of_caffe(mnist):
     assert "label" in done.stdout and "Check failed" not in done.stdout[:50]
     assert "caffe train failed; its whole log is myexamples/mnist/" \
         in done.stdout
+    # Caffe aborts; bash's words on that tell nothing.
+    assert "Abort" not in done.stdout, done.stdout
 
 
 def test_lmdb_is_made_whole_or_not_at_all(mnist):
@@ -354,7 +427,9 @@ def test_comparison(mnist):
 
 @pytest.mark.parametrize("args, message", [
     (["--gamma", "-1"], "largemargin_inner_product_param.gamma is -1"),
-    (["--seeds", "0"], "margins, seeds and jobs are at least 1"),
+    (["--seeds", "0"], "seeds and jobs are at least 1"),
+    (["-m", "1", "0"], "-m 0: a margin is from 1 to 1000"),
+    (["-m", "2000"], "-m 2000: a margin is from 1 to 1000"),
     (["--solver", "none.prototxt"], "cannot read none.prototxt"),
 ])
 def test_comparison_of_nonsense(tree, args, message):
@@ -362,6 +437,36 @@ def test_comparison_of_nonsense(tree, args, message):
     assert done.returncode != 0
     assert message in done.stdout and "Traceback" not in done.stdout
     assert not tree.path("mnist/comparison").exists()
+
+
+@pytest.mark.parametrize("program, args, lacks, script", [
+    ("mnist/compare_margins.py", [], "mnist/mnist_train_lmdb",
+     "mnist/compare_margins.sh"),
+    ("mnist/compare_margins.py", ["--validation"], "mnist/mnist_fit_lmdb",
+     "mnist/compare_margins.sh --validation"),
+    ("mnist_2d/mnist_2d.py", [], "mnist/mnist_train_lmdb",
+     "mnist_2d/train_2d.sh"),
+    ("mnist_verification/mnist_verification.py", [],
+     "mnist/data/t10k-images-idx3-ubyte",
+     "mnist_verification/train_verification.sh"),
+    ("mnist_verification/mnist_verification.py", ["--images", "{}/x"],
+     "mnist_verification/train_lmdb",
+     "mnist_verification/train_verification.sh"),
+    ("kanji_verification/kanji_verification.py", [],
+     "kanji_verification/drawn/pairs.npz",
+     "kanji_verification/train_kanji.sh"),
+])
+def test_without_the_images(tree, tmp_path, program, args, lacks, script):
+    """Before anything is trained, it is said how to get them."""
+    for name, data in small_mnist(test=20).items():
+        if name.startswith("t10k"):
+            (tmp_path / name.replace("t10k", "x").replace(".gz", "")
+             ).write_bytes(gzip.decompress(data))
+    done = tree.run(program, *[arg.format(tmp_path) for arg in args])
+    assert (done.returncode, done.stdout) == (
+        1, "error: myexamples/%s is missing: run myexamples/%s, which gets "
+        "what is needed\n" % (lacks, script))
+    assert not list(tree.root.rglob("train.log"))
 
 
 def test_paired_difference_and_its_interval():
@@ -455,7 +560,22 @@ def test_validation_is_the_last_sixth_of_the_training_images(mnist,
     assert refused.returncode == 1
     assert "mnist_fit_lmdb is not made from the images of myexamples/mnist/" \
         "mnist_train_lmdb: move it away" in refused.stdout
+    # Nor is one moved away that cannot be read.
+    (here / "mnist_fit_lmdb/dataset.txt").unlink()
+    (here / "mnist_fit_lmdb/dataset.txt").mkdir()
+    refused = mnist.run("mnist/create_validation.sh", env=mnist.env)
+    assert refused.returncode == 1
+    assert re.search(
+        r"error: cannot read which images myexamples/mnist/mnist_fit_lmdb and "
+        r"myexamples/mnist/mnist_train_lmdb hold: cmp: .*: Is a directory\n",
+        refused.stdout)
     assert not (here / "mnist_validation_lmdb").exists()
+
+
+def test_validation_takes_no_argument(tree):
+    done = tree.run("mnist/create_validation.sh", "--fashion")
+    assert done.returncode == 2
+    assert "unknown argument --fashion" in done.stdout
 
 
 def test_2d_features(mnist):

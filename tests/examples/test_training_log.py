@@ -112,9 +112,8 @@ def test_watch_shows_each_report_once():
     # By the log's own clock: 11 s for a half.
     assert rows[1][5] == "0:00:11"
     assert rows[2] == ["snapshot", "a", "folder/x_iter_200.caffemodel"]
-    assert rows[3][:2] == ["200/200", "0.3"]
-    assert rows[4][:3] == ["200/200", "0.34", "0.9034"]
-    assert len(rows) == 5
+    assert rows[3][:4] == ["200/200", "0.3", "0.34", "0.9034"]
+    assert len(rows) == 4
 
 
 def test_watch_keeps_the_trainings_of_a_log_apart():
@@ -124,10 +123,22 @@ def test_watch_keeps_the_trainings_of_a_log_apart():
              and "0.1034" not in line and "2.34" not in line]
     later = [line.replace("I1123 21:", "I1123 23:") for line in lines]
     rows = [line.split() for line in watch(lines + later).stdout.splitlines()]
-    assert rows[5][:3] == ["200/200", "0.34", "0.9034"]
-    assert rows[6] == ["0/200", "2.51", "995"]
-    assert rows[7][:5] == ["100/200", "0.71", "1.25e-05", "0.6", "0.8012"]
-    assert rows[7][5] == "0:00:11"
+    assert rows[4][:4] == ["200/200", "0.3", "0.34", "0.9034"]
+    assert rows[5] == ["0/200", "2.51", "995"]
+    assert rows[6][:5] == ["100/200", "0.71", "1.25e-05", "0.6", "0.8012"]
+    assert rows[6][5] == "0:00:11"
+
+
+def test_watch_shows_an_end_without_a_test():
+    """And a test of an iteration before the last is not lost."""
+    row = watch(read_log()[:-5]).stdout.splitlines()[-1].split()
+    assert row[:2] == ["200/200", "0.3"]
+    lines = [line.replace("Iteration 100, T", "Iteration 150, T")
+             for line in read_log()]
+    lines = lines[:14] + lines[17:21] + lines[14:17] + lines[21:]
+    rows = [line.split() for line in watch(lines).stdout.splitlines()]
+    assert rows[-2][:4] == ["200/200", "0.3", "0.6", "0.8012"]
+    assert rows[-1][:3] == ["200/200", "0.34", "0.9034"]
 
 
 @pytest.mark.parametrize("loss", ["87.3365", "nan", "inf"])
@@ -147,6 +158,47 @@ def test_watch_passes_errors_on():
         "W1123 21:04:05.123456  1234 a.cpp:1] a warning",
         "F1123 21:04:05.123456  1234 b.cpp:2] Check failed: label",
         "*** Check failure stack trace: ***"]
+
+
+@pytest.mark.parametrize("line", [
+    "[libprotobuf ERROR google/protobuf/text_format.cc:337] Error parsing "
+    'text-format caffe.NetParameter: 6:67: Unknown enumeration value of "Q".',
+    "ERROR: unknown command line flag 'bogus'",
+    "caffe: error while loading shared libraries: libfoo.so.1: cannot open",
+    "terminate called after throwing an instance of 'std::bad_alloc'",
+    "  what():  std::bad_alloc",
+    "Killed"])
+def test_watch_passes_on_what_is_not_of_the_log(line):
+    done = watch(read_log()[:6] + [line + "\n"] + read_log()[6:])
+    assert done.stderr == line + "\n"
+    assert watch([line + "\n"]).stderr.startswith(line + "\nerror: no train")
+
+
+def test_watch_passes_no_parameters_on():
+    """Even where the lines before them are cut off."""
+    for lines in (HEAD, HEAD[1:], HEAD[7:]):
+        done = watch(lines + read_log()[6:])
+        assert done.returncode == 0 and done.stderr == ""
+
+
+def test_watch_after_a_crash_shows_the_next_training_alone():
+    done = watch(["F1123 21:04:05.123456  1234 b.cpp:2] Check failed\n"]
+                 + read_log())
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", [
+    [], ["I1123 21:04:05.123456  1234 caffe.cpp:204] Using CPU.\n"]])
+def test_watch_says_that_no_training_began(lines):
+    done = watch(lines)
+    assert done.returncode == 1 and done.stdout == ""
+    says = 'error: no training began: there was no line "Iteration N, ' \
+        'loss = ..."\n'
+    assert done.stderr == says
+    # A command's own status stays.
+    for status in (0, 127):
+        done = watch([], "--", "sh", "-c", "exit %d" % status)
+        assert (done.returncode, done.stderr) == (status, says)
 
 
 def test_plot(tmp_path):
@@ -303,9 +355,7 @@ def test_plot_has_panels_of_what_is_in_the_log():
 
 # ---- The head ----
 
-def test_head_of_the_log():
-    head = Head()
-    list(read_rows("""\
+HEAD = """\
 I1123 21:04:05.1  1 solver.cpp:45] Initializing solver from parameters:
 base_lr: 0.05
 max_iter: 200
@@ -342,7 +392,12 @@ layer {
   type: "LargeMarginInnerProduct"
 }
 max_iter: 3
-""".splitlines(True), head.take))
+""".splitlines(True)
+
+
+def test_head_of_the_log():
+    head = Head()
+    list(read_rows(HEAD, head.take))
     assert head.max_iter == 200
     assert head.solver["snapshot_prefix"] == "a folder/x"
     assert "level" not in head.solver
@@ -351,6 +406,50 @@ max_iter: 3
         "ip2", ["bn", "label"], ["ip2"])
     assert layer.fields == {"num_output": "10", "base": "1000"}
     assert head.normalises()
+
+
+def named_otherwise():
+    """The log of a net that has other names for what the table shows, and
+    names like those for something else."""
+    lines = """\
+I1123 21:04:05.1  1 solver.cpp:45] Initializing solver from parameters:
+max_iter: 200
+I1123 21:04:05.1  1 net.cpp:53] Initializing net from parameters:
+layer {
+  name: "ip2"
+  type: "LargeMarginInnerProduct"
+  top: "ip2"
+  top: "weight"
+}
+I1123 21:04:05.1  1 net.cpp:53] Initializing net from parameters:
+layer {
+  name: "right"
+  type: "Accuracy"
+  top: "acc"
+}
+""".splitlines(True)
+    for line in read_log()[6:]:
+        for name, other, decoy in (("accuracy", "acc", "inaccuracy = 7"),
+                                   ("lambda", "weight", "lambda2 = 7"),
+                                   ("loss", "cost", "loss2 = 7 (* 0.5 = 3.5")):
+            if "net output" in line and " %s = " % name in line:
+                lines.append(line.split("#")[0] + "#9: %s\n" % decoy)
+                line = line.replace(name, other)
+        lines.append(line)
+    return lines
+
+
+def test_what_a_value_is_goes_by_its_layer():
+    lines = named_otherwise()
+    history = History(lines)
+    assert history.accuracies() == ([0, 100, 200], [.1034, .8012, .9034])
+    assert history.descent() == ([0, 100], [995.01, 1.25e-05])
+    assert history.curve("train", "loss") == ([0, 100, 200], [2.51, .71, .3])
+    # The sum of both, as the training's is.
+    assert history.curve("test", "loss")[1] == pytest.approx(
+        [5.84, 4.1, 3.84])
+    row = watch(lines).stdout.splitlines()[1].split()
+    assert row == ["0/200", "2.51", "995", "5.84", "0.1034"]
 
 
 @pytest.mark.parametrize("stamp, expected", [
@@ -419,9 +518,12 @@ def test_csv_to_a_pipe():
 def test_csv_that_cannot_be(tmp_path):
     log = tmp_path / "train.log"
     log.write_text("".join(read_log()))
+    other = tmp_path / "other.csv"
+    other.write_text("iterations,loss\n1,2\n")
     for args, words in (
             ((tmp_path / "none.log", "--csv", "x"), "cannot read"),
-            ((log, "--csv", log), "is the log itself"),
+            ((log, "--csv", log), "is there, and no table of this program"),
+            ((log, "--csv", other), "is there, and no table of this program"),
             ((log, "--csv", tmp_path), "cannot write"),
             ((log, "--csv", tmp_path / "no/t.csv"), "cannot write"),
             (("/dev/null", "--csv", tmp_path / "t.csv"), "is no log of")):
@@ -429,7 +531,9 @@ def test_csv_that_cannot_be(tmp_path):
         assert done.returncode == 1 and words in done.stdout, done.stdout
         assert len(done.stdout.splitlines()) == 1
     assert log.read_text() == "".join(read_log())
-    assert [p.name for p in tmp_path.iterdir()] == ["train.log"]
+    assert other.read_text() == "iterations,loss\n1,2\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "other.csv", "train.log"]
 
 
 # ---- TensorBoard ----

@@ -1,6 +1,7 @@
 """verify.py on pairs whose cosines are known, and its parts."""
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -329,9 +330,11 @@ def test_tool_on_a_plain_list_with_options(tmp_path, caffe_root):
     assert "TAR at FAR 50 %: 100.00 % (1 pairs" in done.stdout
     assert (tmp_path / "x.pdf").exists()
 
+    # All features with the same direction, but for one that is turned round.
+    path = plain_list(tmp_path, [[10, 20]], [[0, 0]], [[20, 10]])
     flipped = net.verify(path, "--mean", 10, "--flip")
     assert "mean of image and mirror image" in flipped.stdout
-    assert "different persons, 1.000" in flipped.stdout
+    assert "cosine -1.000; 1 of different persons, 1.000" in flipped.stdout
 
 
 def test_hdf5_model(tmp_path, caffe_root):
@@ -340,10 +343,10 @@ def test_hdf5_model(tmp_path, caffe_root):
     net = Net(tmp_path, 2)
     net.model = tmp_path / "a.caffemodel.h5"
     with h5py.File(str(net.model), "w") as file:
-        file["data/ip/0"] = np.array([[1, 0], [0, 0]], np.float32)
+        file["data/ip/0"] = np.array([[1, -1], [0, 0]], np.float32)
     done = net.verify(path)
     assert done.returncode == 0, done.stdout
-    assert "cosine 1.000; 1 of different persons, 1.000" in done.stdout
+    assert "cosine 1.000; 1 of different persons, -1.000" in done.stdout
 
 
 def test_gpu_of_a_caffe_without(tmp_path, caffe_root):
@@ -351,8 +354,46 @@ def test_gpu_of_a_caffe_without(tmp_path, caffe_root):
     done = Net(tmp_path, 2).verify(path, "--gpu", 0)
     if "CPU-only" not in done.stdout:
         pytest.skip("this Caffe is built with CUDA")
-    assert done.returncode != 0
-    assert "Cannot use GPU in CPU-only Caffe" in done.stdout
+    assert done.returncode == 1
+    assert done.stdout == ("error: --gpu 0: Caffe says: Cannot use GPU in "
+                           "CPU-only Caffe: check mode.\n")
+
+
+def test_net_that_ends_caffe(tmp_path, caffe_root):
+    """Where the images are too small for it."""
+    path = plain_list(tmp_path, [[10, 20]], [[10, 20]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    net.path.write_text(net.path.read_text().replace(
+        'layer { name: "flat" type: "Flatten" bottom: "data"',
+        'layer { name: "conv" type: "Convolution" bottom: "data" top: "conv" '
+        "convolution_param { num_output: 1 kernel_size: 2 } }\n"
+        'layer { name: "flat" type: "Flatten" bottom: "conv"'))
+    done = net.verify(path)
+    assert done.returncode == 1
+    *lines, error = done.stdout.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("3 images: ")
+    assert re.fullmatch(
+        r"error: %s with images of 1 x 1 x 2 \(channels x height x width\): "
+        r"Caffe says of layer 'conv': Check failed: .+" % net.path, error)
+
+
+def test_ctrl_c_ends_both_processes():
+    """The one with pycaffe as well, and one of them speaks."""
+    code = ("import os, signal, sys, time; sys.path.insert(0, %r)\n"
+            "import caffe_net, caffe_proto\n"
+            "with caffe_proto.user_errors():\n"
+            "    caffe_net.guard()\n"
+            "    print(os.getpid(), flush=True)\n"
+            "    time.sleep(600)" % os.path.join(ROOT, "myexamples"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT)
+    child = int(process.stdout.readline())
+    assert child != process.pid
+    process.send_signal(signal.SIGINT)
+    # To the end of what both can write to.
+    assert process.communicate(timeout=30)[0] == "stopped\n"
+    assert process.returncode == 1
 
 
 def test_progress_on_long_lists(tmp_path, caffe_root):
@@ -377,8 +418,10 @@ MISTAKES = [
     (["--blob", "loss"], 'the blob "loss" of'),
     (["--blob", "label"], "does not come from images alone"),
     (["--mean", "1", "2"], "2 mean values for images of 1 channel"),
-    (["--mean", "none.binaryproto"], "cannot read "),
+    (["--mean", "none.binaryproto"],
+     "none.binaryproto: No such file or directory"),
     (["--mean", "1", "x"], "--mean 1 x: neither numbers nor one file"),
+    (["--mean", "nan"], "--mean nan: it must be finite"),
     (["--size", "4"], 'layer "ip": the net has weights of 32 numbers'),
     (["--root", "/none"], "no such image: /none/0.png (3 of 3 are missing"),
     (["-o", "/none/x.png"], "cannot write /none/x.png"),
@@ -391,6 +434,29 @@ def test_mistakes(tmp_path, caffe_root):
     found = net.errors([[path, *args] for args, _ in MISTAKES])
     for error, (_, message) in zip(found, MISTAKES):
         assert message in error
+    assert not (tmp_path / "list_roc.png").exists()
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "0"])
+def test_scale_that_leaves_nothing(tmp_path, monkeypatch, capsys, scale):
+    monkeypatch.setattr(sys, "argv", ["verify.py", "net", "model", "pairs",
+                                      "--blob", "ip", "--scale", scale])
+    with pytest.raises(SystemExit):
+        verify.main()
+    assert "error: --scale %s: it must be a finite number other than 0" \
+        % scale in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value, cosine", [(1, "1.000"), (0, "0.000")])
+def test_features_that_tell_nothing_apart(tmp_path, caffe_root, value, cosine):
+    path = plain_list(tmp_path, [[10, 20]], [[30, 40]], [[20, 10]])
+    net = Net(tmp_path, 2)
+    net.write({"ip": np.array([[value, value], [0, 0]])})
+    done = net.verify(path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == (
+        'error: the cosine of every pair is %s: the features of blob "ip" '
+        "tell nothing apart" % cosine)
     assert not (tmp_path / "list_roc.png").exists()
 
 

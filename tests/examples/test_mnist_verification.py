@@ -53,7 +53,7 @@ def test_split_leaves_its_source_alone(tmp_path):
     prefix = tmp_path / "x"
     for end, axes in zip(split_digits.ENDS, (3, 1)):
         idx_file.write(str(prefix) + end,
-                               np.ones((6, 2, 2)[:axes], np.uint8))
+                       np.ones((6, 2, 2)[:axes], np.uint8))
     os.symlink("x" + split_digits.ENDS[1], str(tmp_path / "y")
                + split_digits.ENDS[1])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

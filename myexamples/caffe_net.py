@@ -16,10 +16,17 @@ import tempfile
 from caffe_proto import UserError, caffe_root
 
 
-# Of Linux: the signal that a process gets when its parent ends.
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 ABOUT = "about: "
 _log = None
+
+
+def end_with(parent):
+    """Has this process end when its parent does, whatever ends that."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def guard():
@@ -32,11 +39,12 @@ def guard():
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     log = tempfile.TemporaryFile()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         # At Ctrl-C the parent has the last word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with(parent)
         sys.stderr = open(os.dup(2), "w", buffering=1)
         os.dup2(log.fileno(), 2)
         os.environ.update(GLOG_logtostderr="1", GLOG_minloglevel="0")

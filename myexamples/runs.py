@@ -4,21 +4,17 @@ A run that came to its end is kept: run again, only the missing ones train.
 """
 import argparse
 import contextlib
-import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import caffe_log
+import caffe_net
 import caffe_proto
 import snapshots
 from caffe_proto import MAX_MARGIN, ROOT, UserError, user_errors
-
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 DESCENT = ("base", "gamma", "power", "lambda_min")
 
@@ -101,13 +97,8 @@ def start_mortal(command, **options):
     next one would write to the same files. At a SIGHUP Caffe goes on.
     """
     parent = os.getpid()
-
-    def end_with_parent():
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
+    return subprocess.Popen(command, **options,
+                            preexec_fn=lambda: caffe_net.end_with(parent))
 
 
 class Run:
@@ -340,10 +331,6 @@ def train_all(runs, jobs, script):
         print("%d of %d runs are done already" % (
             len(runs) - len(waiting), len(runs)), flush=True)
     total, finished, active = len(waiting), 0, {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # They end the runs, too. One that is ignored, as by nohup, stays so.
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     left = Left(sum(run.solver.max_iter for run in waiting))
     progress = Progress()
     try:

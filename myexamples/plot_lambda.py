@@ -83,12 +83,12 @@ class Descent:
     """The descent of lambda of one margin layer under a solver.
 
     layer is the layer's name, name what the whole is called; data is a
-    data_size.Data or None.
+    data_size.Data or None. Without labels the layer has no margin.
     """
 
-    def __init__(self, solver, param, layer, name, data=None):
+    def __init__(self, solver, param, layer, name, data=None, labels=True):
         self.solver, self.param, self.data = solver, param, data
-        self.layer, self.name = layer, name
+        self.layer, self.name, self.labels = layer, name, labels
         self.m = caffe_proto.margin(param)
 
     def changed(self, name, **fields):
@@ -102,7 +102,8 @@ class Descent:
                 param.ClearField(field)
             else:
                 setattr(param, field, value)
-        return Descent(self.solver, param, self.layer, name, self.data)
+        return Descent(self.solver, param, self.layer, name, self.data,
+                       self.labels)
 
     def at(self, iteration):
         """lambda in that iteration."""
@@ -160,9 +161,8 @@ CELLS = ["m", "base", "gamma", "power", "lambda_min", "at the first drop",
 # ---- What is read ----
 
 def margin_layers(pb, net):
-    """The margin layers of the TRAIN phase: a list of (name, parameter)."""
-    return [(layer.name, layer.largemargin_inner_product_param)
-            for layer in net.layer
+    """The margin layers of the TRAIN phase."""
+    return [layer for layer in net.layer
             if layer.type == "LargeMarginInnerProduct"
             and caffe_proto.in_phase(pb, net, layer, pb.TRAIN)]
 
@@ -176,10 +176,13 @@ def read(pb, path):
         raise UserError("the net of %s has no LargeMarginInnerProduct layer "
                         "in the TRAIN phase" % path)
     data = data_size.training_data(pb, net)
-    for name, param in layers:
-        caffe_proto.check_schedule(name, param)
-    return [Descent(solver, param, name, path if len(layers) == 1 else
-                    "%s, %s" % (path, name), data) for name, param in layers]
+    for layer in layers:
+        caffe_proto.check_schedule(layer.name,
+                                   layer.largemargin_inner_product_param)
+    return [Descent(solver, layer.largemargin_inner_product_param, layer.name,
+                    path if len(layers) == 1 else
+                    "%s, %s" % (path, layer.name), data,
+                    len(layer.bottom) != 1) for layer in layers]
 
 
 def is_candidate(text):
@@ -257,6 +260,10 @@ def warnings(descent, asked=0.0):
     param = descent.param
     if descent.m == 1:
         return []
+    if not descent.labels:
+        return ["layer %s has no labels in the TRAIN phase, so it trains "
+                "without the margin, whatever lambda is: give it them as a "
+                "second bottom" % descent.layer]
     last = descent.end()
     # Suggestions are rounded.
     if last > max(HALF, 1.05 * asked) and not descent.kept_by_minimum():

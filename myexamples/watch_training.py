@@ -301,6 +301,8 @@ def main():
         if args.command:
             sys.exit(run(args, events))
         table = Table()
+        # A log names files, whatever their names are made of.
+        sys.stdin.reconfigure(errors="replace")
         watch(sys.stdin, table, events)
         if not table.began:
             raise UserError(_NO_TRAINING)

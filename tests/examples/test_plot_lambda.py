@@ -361,6 +361,19 @@ def test_mistakes(solver, param, extra, message):
     assert not (path.parent / "out.png").exists()
 
 
+def test_a_margin_layer_without_labels(solver):
+    for bottoms, warned in (('bottom: "x"', True),
+                            ('bottom: "x" bottom: "y"', False)):
+        path = solver(GOOD)
+        net = path.parent / "a net.prototxt"
+        net.write_text(net.read_text().replace(
+            'name: "lm"', 'name: "lm" ' + bottoms))
+        done = plot_lambda(path)
+        assert done.returncode == 0 and bottoms in net.read_text()
+        assert ("layer lm has no labels in the TRAIN phase"
+                in done.stdout) == warned
+
+
 def test_no_margin_layer(solver):
     path = solver("", net='layer { name: "ip" type: "InnerProduct" }')
     done = plot_lambda(path)

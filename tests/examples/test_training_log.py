@@ -54,6 +54,18 @@ def watch(lines, *args, env=None):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def test_a_log_with_bytes_that_are_no_utf_8():
+    """A name that Caffe cannot open, say. Ended, it would end Caffe."""
+    done = subprocess.run(
+        [os.path.join(ROOT, "myexamples/watch_training.py")], timeout=60,
+        input=b"".join(line.encode() for line in read_log())
+        + b"E1123 21:04:09.1 1 io.cpp:80] Could not open file caf\xe9.jpg\n",
+        env=dict(os.environ, PYTHONIOENCODING="utf-8:strict"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert done.stderr.decode().endswith("open file caf\ufffd.jpg\n")
+
+
 def run(script, *args, env=None):
     return subprocess.run(
         [os.path.join(ROOT, "myexamples", script), *map(str, args)], env=env,

@@ -579,6 +579,22 @@ stepvalue: 16000 stepvalue: 24000 stepvalue: 28000 max_iter: 28000 %s'''
     assert "warning: " not in done.stdout
 
 
+@pytest.mark.parametrize("classes, batch, iter_size, warned", [
+    (10, 100, 1, False), (800, 100, 1, True), (800, 5000, 1, False),
+    (10, 10, 1, True), (10, 100, 10, False)])
+def test_early_is_by_the_samples_of_a_class(solver, classes, batch, iter_size,
+                                            warned):
+    """lambda is 1 after some 90 forward passes."""
+    data = ('layer { name: "d" type: "Data" top: "x" top: "y" '
+            'data_param { source: "none" batch_size: %d } }' % batch)
+    net = data + NET.replace("num_output: 10", "num_output: %d" % classes)
+    done = plot_lambda(solver("margin: 4 base: 1000 gamma: 0.1 power: 3",
+                              "iter_size: %d" % iter_size, net=net))
+    assert done.returncode == 0, done.stdout
+    assert ("before the net has learned anything" in done.stdout) == warned
+    assert not warned or "samples of a class" in done.stdout
+
+
 def test_the_readme_promises_what_the_tool_warns_of():
     """Its section names the two warnings, with the tool's numbers."""
     import plot_lambda as tool
@@ -588,8 +604,8 @@ def test_the_readme_promises_what_the_tool_warns_of():
     section = " ".join(section.split())
     assert "warns of two things" in section
     assert "Lambda still above %g at the end" % tool.HALF in section
-    assert "Lambda at %g or less within %d iterations" % (
-        tool.HALF, tool.EARLY) in section
+    assert "Lambda at %g or less before the net has seen %d samples of a " \
+        "class" % (tool.HALF, tool.EARLY) in section
     assert "before the first drop of the learning rate, it does no harm" \
         in section
 

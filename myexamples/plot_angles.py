@@ -214,14 +214,19 @@ def describe(pb, model, layer):
     return "", None
 
 
+def panel_name(model, what):
+    """The name of a model's panel; what it was may be empty."""
+    return figures.shortened(model, 50) + (what and ": " + what)
+
+
 def draw(panels, title):
-    """A figure of (model, what it was, Angles), one below the other."""
+    """A figure of (name, Angles), one below the other."""
     figure, axes = plt.subplots(len(panels), 1, sharex=True, sharey=True,
                                 squeeze=False, constrained_layout=True,
                                 figsize=(8, 1 + 2.4 * len(panels)))
-    last = max(angles.other.max() for _, _, angles in panels)
+    last = max(angles.other.max() for _, angles in panels)
     bins = np.arange(0, min(180, last + 2) + 1, 1.5)
-    for axis, (model, name, angles) in zip(axes[:, 0], panels):
+    for axis, (name, angles) in zip(axes[:, 0], panels):
         for label, values, colour in (
                 ("own class", angles.own, figures.COLOURS[0]),
                 ("nearest other class", angles.other, figures.COLOURS[1])):
@@ -229,9 +234,8 @@ def draw(panels, title):
                       weights=np.full(len(values), 100 / len(values)))
             axis.axvline(np.median(values), color=colour, linewidth=1)
         axis.set_ylabel("% of samples")
-        axis.set_title("%s: %smedian gap %.1f degrees" % (
-            figures.shortened(model, 50), name and name + ", ",
-            np.median(angles.gap())), fontsize="medium")
+        axis.set_title("%s, median gap %.1f degrees" % (
+            name, np.median(angles.gap())), fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center")
     axes[-1, 0].set_xlabel("angle between features and class weights, degrees")
@@ -276,7 +280,7 @@ def run(args):
             raise UserError("%s: no sample has features and a label of the %d "
                             "classes" % (shown, len(weights)))
         name, last = describe(pb, model, layer.name)
-        panels.append((shown, name, angles))
+        panels.append((panel_name(shown, name), angles))
         progress.say(shown + (name and ": " + name) + (
             "" if last is None else ", lambda %.3g at the end" % last))
         print("    %d samples%s: own class %.1f, nearest other class %.1f "

@@ -81,9 +81,9 @@ def test_long_paths_keep_the_file(pb):
 def test_models_of_one_margin_are_told_apart():
     weights, labels = np.eye(2), np.arange(9) % 2
     angles = plot_angles.Angles(weights[labels], labels, weights)
-    figure = plot_angles.draw([
-        ("a/folder/" * 9 + "m4_seed%d/model_iter_6000.caffemodel" % seed,
-         "m = 4", angles) for seed in (1, 2)], "angles")
+    figure = plot_angles.draw([(plot_angles.panel_name(
+        "a/folder/" * 9 + "m4_seed%d/model_iter_6000.caffemodel" % seed,
+        "m = 4"), angles) for seed in (1, 2)], "angles")
     for seed, axis in enumerate(figure.axes, 1):
         assert re.fullmatch(
             r"\.\.\..*/m4_seed%d/model_iter_6000\.caffemodel: m = 4, median "

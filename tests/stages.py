@@ -105,6 +105,8 @@ class Stages:
         for log in self.folder.glob("*.log"):
             log.unlink()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # A script's background ignores it, and so would what tests send it to.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def print(self, words):
         """Words of a stage, on the screen and in its log."""

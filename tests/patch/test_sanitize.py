@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -106,19 +107,34 @@ def test_only_the_name_that_caffes_solver_tries_is_let_through(
     assert done.returncode == status, done.stderr
 
 
+def stage(folder, *command):
+    """A program that runs a command as its one stage."""
+    return [sys.executable, "-c", "import pathlib, sys\n"
+            "sys.path.insert(0, %r)\n"
+            "import stages\n"
+            "stages.ROOT = pathlib.Path(%r)\n"
+            "run = stages.Stages('logs', 1)\n"
+            "run.stage('slow', None, *sys.argv[1:])\n"
+            "run.end()\n" % (str(PROJECT / "tests"), str(folder)), *command]
+
+
 def test_a_stage_that_is_stopped_leaves_nothing_running(tmp_path):
-    program = ("import pathlib, sys\n"
-               "sys.path.insert(0, %r)\n"
-               "import stages\n"
-               "stages.ROOT = pathlib.Path(%r)\n"
-               "stages.Stages('logs', 1).stage('slow', None, 'sh', '-c',\n"
-               "                               'echo $$; exec sleep 60')\n"
-               % (str(PROJECT / "tests"), str(tmp_path)))
-    run = subprocess.Popen([sys.executable, "-c", program], text=True,
-                           stdout=subprocess.PIPE)
+    run = subprocess.Popen(
+        stage(tmp_path, "sh", "-c", "echo $$; exec sleep 60"), text=True,
+        stdout=subprocess.PIPE)
     assert run.stdout.readline() == "==> [1/1] slow\n"
-    stage = int(run.stdout.readline())
+    pid = int(run.stdout.readline())
     run.terminate()
     assert run.wait(timeout=60) == 143
     with pytest.raises(ProcessLookupError):
-        os.kill(stage, 0)
+        os.kill(pid, 0)
+
+
+def test_a_stage_hears_sigint_in_a_scripts_background(tmp_path):
+    """There it is ignored, and tests send it."""
+    done = subprocess.run(
+        stage(tmp_path, "sh", "-c", "kill -s INT $$; echo ignored"),
+        text=True, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert done.returncode == 1
+    assert "ignored" not in done.stdout and "slow failed" in done.stdout

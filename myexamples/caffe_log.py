@@ -161,12 +161,13 @@ def _margin(text):
     return found if whole else None
 
 
-def read_rows(lines, on_other=None):
+def read_rows(lines, on_other=None, head=None):
     """Yields a Row as soon as the log has all of it.
 
-    on_other, if given, is called with every line that belongs to no row.
+    on_other, if given, is called with every line that belongs to no row, and
+    then a Head takes it: head, if given.
     """
-    row, margins, head = None, {}, Head()
+    row, margins, head = None, {}, head or Head()
     for line in lines:
         loss, testing = _LOSS.search(line), _TESTING.search(line)
         if loss or testing:
@@ -203,9 +204,9 @@ def read_rows(lines, on_other=None):
                 if row:
                     yield row
                 row, margins = None, {}  # of a training that was cut short
-            head.take(line)
             if on_other:
                 on_other(line)
+            head.take(line)
     if row:
         yield row
 

@@ -158,7 +158,6 @@ class Table:
             self.end()
             self.tested = self.last = self.start = None
             self.began, self.stopped = True, False
-        self.log_head.take(line)
         self.stopped |= "] Optimization stopped early" in line
         model, state, restored = (
             read(line) for read in (caffe_log.snapshot, caffe_log.state,
@@ -252,7 +251,7 @@ def parse_args():
 def watch(lines, table, events):
     """Shows a log to its end."""
     try:
-        for row in read_rows(lines, table.other):
+        for row in read_rows(lines, table.other, table.log_head):
             table.add(row)
             if events:
                 events.add(row)

@@ -120,14 +120,20 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def test_quick_goes_on_after_ctrl_c(mnist):
-    mnist.replace("mnist/quick_solver.prototxt", max_iter=1000,
-                  test_interval=1000, display=10, snapshot=1000)
+def start_quick(mnist, iterations):
+    """(process, folder, log) of a quick training that has begun."""
+    mnist.replace("mnist/quick_solver.prototxt", max_iter=iterations,
+                  test_interval=iterations, display=10, snapshot=iterations)
     out = mnist.path("mnist/quick_snapshot")
     process = mnist.start("mnist/train_quick.sh", env=mnist.env)
     log = out / "train.log"
     wait_for(lambda: log.exists() and "Iteration 10 " in log.read_text(),
              process)
+    return process, out, log
+
+
+def test_quick_goes_on_after_ctrl_c(mnist):
+    process, out, log = start_quick(mnist, 1000)
     os.killpg(process.pid, signal.SIGINT)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 1, text
@@ -167,13 +173,7 @@ def whole_output(process):
     (os.kill, signal.SIGTERM), (os.killpg, signal.SIGHUP)])
 def test_quick_ended_by_a_signal_ends_caffe(mnist, kill, number):
     """SIGHUP comes to all of its processes, where a terminal is closed."""
-    mnist.replace("mnist/quick_solver.prototxt", max_iter=100000,
-                  test_interval=100000, display=10, snapshot=100000)
-    out = mnist.path("mnist/quick_snapshot")
-    process = mnist.start("mnist/train_quick.sh", env=mnist.env)
-    log = out / "train.log"
-    wait_for(lambda: log.exists() and "Iteration 10 " in log.read_text(),
-             process)
+    process, out, log = start_quick(mnist, 100000)
     waiting = mnist.start("mnist/train_quick.sh", env=mnist.env)
     try:
         for line in waiting.stdout:

@@ -30,15 +30,20 @@ struct SavedLayer {
   int64_t iteration;
 };
 
+// A layer of the net if it is a margin layer, else NULL.
+template <typename Dtype>
+LargeMarginInnerProductLayer<Dtype>* MarginLayer(const Net<Dtype>& net,
+    int layer) {
+  return dynamic_cast<LargeMarginInnerProductLayer<Dtype>*>(
+      net.layers()[layer].get());
+}
+
 template <typename Dtype>
 vector<LargeMarginInnerProductLayer<Dtype>*> MarginLayers(
     const Net<Dtype>& net) {
   vector<LargeMarginInnerProductLayer<Dtype>*> layers;
   for (int i = 0; i < net.layers().size(); ++i) {
-    LargeMarginInnerProductLayer<Dtype>* layer =
-        dynamic_cast<LargeMarginInnerProductLayer<Dtype>*>(
-            net.layers()[i].get());
-    if (layer) { layers.push_back(layer); }
+    if (MarginLayer(net, i)) { layers.push_back(MarginLayer(net, i)); }
   }
   return layers;
 }
@@ -282,10 +287,9 @@ template <typename Dtype>
 void PrepareLayers(Solver<Dtype>* solver) {
   const Net<Dtype>& net = *solver->net();
   for (int i = 0; i < net.layers().size(); ++i) {
-    LargeMarginInnerProductLayer<Dtype>* const layer =
-        dynamic_cast<LargeMarginInnerProductLayer<Dtype>*>(
-            net.layers()[i].get());
-    if (layer) { layer->JoinSolver(HasPlainDiff(net, i)); }
+    if (MarginLayer(net, i)) {
+      MarginLayer(net, i)->JoinSolver(HasPlainDiff(net, i));
+    }
   }
   for (int i = 0; i < solver->test_nets().size(); ++i) {
     KeepNothingForBackward(*solver->test_nets()[i]);

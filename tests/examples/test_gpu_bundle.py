@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 
@@ -370,6 +371,75 @@ def test_no_driver(bundle):
     assert "no NVIDIA driver" in out and len(out.splitlines()) == 1
 
 
+def make_driver(folder, version, status=0):
+    """A libcuda.so.1 that is for a version of CUDA."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-",
+         "-o", folder / "libcuda.so.1"], check=True, text=True,
+        input="int cuDriverGetVersion(int* v) { *v = %d; return %d; }"
+        % (version, status))
+
+
+def test_driver_that_is_too_old(bundle):
+    """Said before anything is asked of a library that is missing."""
+    bundle.write_bundle(libraries=["libcublas.so.13", "libcudnn.so.99"])
+    make_driver(bundle.driver, 12080)
+    out = bundle.run(status=1)
+    assert "driver is for CUDA 12.8 at most, and Caffe here is built with " \
+        "CUDA 13:\n  update the driver" in out
+    make_driver(bundle.driver, 13010)
+    assert "libcudnn.so.99" in bundle.run(status=1)
+
+
+def test_driver_that_the_loader_alone_knows(bundle):
+    """As where no ldconfig has run since the driver came."""
+    bundle.driver.joinpath("libcuda.so.1").unlink()
+    program(bundle.tools / "ldconfig", "")
+    make_driver(bundle.state, 13000)
+    bundle.run("tests", "parity margin float",
+               env={"LD_PRELOAD": str(bundle.state / "libcuda.so.1")})
+
+
+def test_stub_of_a_driver(bundle):
+    """The toolkit's, which some containers have on their path, is none."""
+    stubs = bundle.state / "stubs"
+    make_driver(stubs, 0, status=34)
+    make_driver(bundle.driver, 13000)
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nassert "stubs" not in os.environ['
+            '"LD_LIBRARY_PATH"]\n' + path.read_text())
+    bundle.run("tests", "parity margin float", env={
+        "LD_LIBRARY_PATH": "%s:%s" % (stubs, bundle.driver)})
+
+
+def test_copy_without_modes(bundle):
+    """A folder that came by a way that loses what is executable."""
+    for path in (bundle.root / "bin").iterdir():
+        path.chmod(0o644)
+    bundle.run("tests", "parity margin float")
+
+
+def test_gpu_that_hangs(bundle):
+    path = bundle.root / "bin/gpu_check"
+    program(path, "import time\ntime.sleep(60)")
+    host = bundle.root / "host.py"
+    host.write_text(host.read_text().replace("_PATIENCE = 180",
+                                             "_PATIENCE = 1"))
+    out = bundle.run(status=1)
+    assert "gpu_check device has not answered for 1 s" in out
+
+
+def test_folder_on_a_disk_without_locks(bundle):
+    run = bundle.root / "run.py"
+    run.write_text(run.read_text().replace(
+        "    file = open(", "    def flock(*_):\n        raise OSError("
+        "38, 'Function not implemented')\n    fcntl.flock = flock\n"
+        "    file = open(", 1))
+    out = bundle.run("tests", "parity margin float")
+    assert "going on without a lock" in out and "done: 1 passed" in out
+
+
 def test_no_gpu(bundle):
     bundle.write("no_gpu", "")
     out = bundle.run(status=1)
@@ -403,6 +473,9 @@ def test_results_of_two_cards_do_not_mix(bundle):
     out = bundle.run("tests", status=1)
     assert "the results of another machine (Stand-in 9000, driver 580.1" in out
     assert "--results" in out
+    # It may fail, and the card be the same.
+    program(bundle.tools / "nvidia-smi", "raise SystemExit(1)")
+    bundle.run("tests", "parity margin float")
 
 
 def test_results_of_two_bundles_do_not_mix(bundle):

@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ from processes import output
 from results import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+# Seconds; the first look at several GPUs takes half a minute, and so do large
+# libraries on a slow disk.
+_PATIENCE = 180
 
 # What nvidia-smi says of a card, and what the results call it.
 _CARD = {"name": "card", "driver_version": "driver", "uuid": "uuid",
@@ -103,12 +108,47 @@ def find_libraries(names):
     return found
 
 
-def _driver_folder():
-    """Where the driver's library is; "" where the loader finds it."""
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") + [
-            "/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"]:
-        if folder and os.path.exists(folder + "/libcuda.so.1"):
+def _driver_version(path):
+    """The CUDA of a driver's library, 13000 for 13.0.
+
+    0 where it does not tell: the toolkit's stub of one, for example. None where
+    it cannot be opened.
+    """
+    # In a process of its own: of two libraries of this name, one would stand
+    # for both.
+    text = output([sys.executable, "-c", """
+import ctypes, sys
+version = ctypes.c_int(0)
+if ctypes.CDLL(sys.argv[1]).cuDriverGetVersion(ctypes.byref(version)):
+    version.value = 0
+print(version.value)""", path])
+    return None if text is None else int(text)
+
+
+def _driver_folder(libraries):
+    """Where the driver's library is; "" where the loader finds it.
+
+    Raises UserError where there is none, or one too old for the libraries.
+    """
+    folders = [folder for folder in os.environ.get(
+        "LD_LIBRARY_PATH", "").split(":") + ["/usr/local/nvidia/lib64",
+                                             "/usr/lib/wsl/lib"]
+               if folder and os.path.exists(folder + "/libcuda.so.1")]
+    needed = max([int(number) for name in libraries for number in re.findall(
+        r"^libcublas\.so\.(\d+)$", name)], default=0)
+    for folder in folders + [""]:
+        version = _driver_version(os.path.join(folder, "libcuda.so.1"))
+        if not version:
+            continue
+        if version >= 1000 * needed:
             return folder
+        raise UserError(
+            "this machine's driver is for CUDA %d.%d at most, and Caffe here "
+            "is built with CUDA %d:\n  update the driver, or make a folder "
+            "with an older CUDA toolkit (CUDA_HOME) by tests/gpu/bundle.sh"
+            % (version // 1000, version % 1000 // 10, needed))
+    if folders:
+        return folders[0]
     cache = output(["ldconfig", "-p"]) or output(["/sbin/ldconfig", "-p"])
     if "libcuda.so.1" not in (cache or ""):
         raise UserError("this machine has no NVIDIA driver (libcuda.so.1), so "
@@ -126,9 +166,10 @@ class Host:
         self.env = dict(os.environ, CUDA_DEVICE_ORDER="PCI_BUS_ID",
                         OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
         self.path = ""
+        self._make_executable()
         libraries = {}
         if self.is_gpu:
-            folders = [_driver_folder()]
+            folders = [_driver_folder(bundle["libraries"])]
             libraries = find_libraries(bundle["libraries"])
             for path in libraries.values():
                 if path:
@@ -159,13 +200,32 @@ class Host:
         env = ["env", "LD_LIBRARY_PATH=" + self.path] if self.path else []
         return tool + env + self.command(name, *arguments)
 
+    def _make_executable(self):
+        """Some ways to copy a folder lose that."""
+        for path in (glob.glob(self.bin + "/*")
+                     + glob.glob(HERE + "/lib/c/ld-linux*")):
+            if not os.access(path, os.X_OK):
+                os.chmod(path, 0o755)
+
+    def _ask(self, name, argument):
+        """What a program answers that has little to do.
+
+        Raises UserError where it does not, as on a GPU that hangs.
+        """
+        try:
+            return subprocess.run(self.command(name, argument),
+                                  env=self.environment(),
+                                  stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=_PATIENCE,
+                                  universal_newlines=True)
+        except subprocess.TimeoutExpired:
+            raise UserError("%s %s has not answered for %d s: does nvidia-smi?"
+                            % (name, argument, _PATIENCE))
+
     def _starts(self):
-        done = subprocess.run(self.command("caffe", "--version"),
-                              env=self.environment(),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT,
-                              universal_newlines=True)
-        return done.returncode == 0, done.stdout
+        done = self._ask("caffe", "--version")
+        return done.returncode == 0, done.stdout + done.stderr
 
     def _find_a_start(self, folder):
         """A C library older than that of the build is passed by.
@@ -194,10 +254,7 @@ class Host:
                             + words.strip())
 
     def _describe(self, libraries):
-        done = subprocess.run(self.command("gpu_check", "device"),
-                              env=self.environment(),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, universal_newlines=True)
+        done = self._ask("gpu_check", "device")
         if done.returncode != 0:
             raise UserError("the GPU cannot be used: "
                             + done.stderr.strip().split("\n")[-1])

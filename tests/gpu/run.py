@@ -152,12 +152,14 @@ def list_steps(results, bundle):
 # ---- A call ----
 
 def one_at_a_time(folder):
-    """Holds the folder for this process."""
+    """Holds the folder for this process, if its disk can do that."""
     file = open(os.path.join(folder, ".lock"), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError("another run.sh is at work in %s" % folder)
+    except OSError as error:
+        say("going on without a lock in %s: %s" % (folder, error.strerror))
     return file
 
 

@@ -181,9 +181,10 @@ class Bundle:
     def write(self, name, text):
         (self.state / name).write_text(text)
 
-    def device(self, name="Stand-in 9000"):
+    def device(self, name="Stand-in 9000", capability="9.0"):
         self.write("device", json.dumps({
-            "name": name, "capability": "9.0", "cuda": "13.0", "cudnn": True}))
+            "name": name, "capability": capability, "cuda": "13.0",
+            "cudnn": True}))
 
     def times(self, **fields):
         self.write("times", json.dumps({**TIMES, **fields}))

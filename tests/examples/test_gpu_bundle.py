@@ -413,6 +413,18 @@ def test_stub_of_a_driver(bundle):
         "LD_LIBRARY_PATH": "%s:%s" % (stubs, bundle.driver)})
 
 
+@pytest.mark.parametrize("archs, capability, runs", [
+    ("80 90", "8.6", True), ("80 90", "12.0", True), ("80 90", "7.5", False),
+    ("75 90", "8.0", False), ("90", "9.0", True)])
+def test_card_that_nothing_is_built_for(bundle, archs, capability, runs):
+    """Said at once, not by each step's failure."""
+    bundle.write_bundle(archs=archs)
+    bundle.device(capability=capability)
+    out = bundle.run("tests", "parity margin float", status=0 if runs else 1)
+    assert ("CUDA_ARCHS=%s tests/gpu/bundle.sh" % capability.replace(".", "")
+            in out) != runs
+
+
 def test_copy_without_modes(bundle):
     """A folder that came by a way that loses what is executable."""
     for path in (bundle.root / "bin").iterdir():

@@ -183,6 +183,9 @@ class Host:
             self.path = ":".join(folders)
             self._find_a_start(folder)
         self.machine = self._describe(libraries)
+        if self.is_gpu:
+            _check_kernels(bundle["archs"],
+                           self.machine["device"]["capability"])
 
     def environment(self):
         """The programs' environment."""
@@ -266,6 +269,22 @@ class Host:
         if self.is_gpu:
             machine.update(_smi(_CARD))
         return machine
+
+
+def _check_kernels(archs, capability):
+    """Raises UserError where the card can run nothing that was compiled.
+
+    Code for a GPU runs on later ones of its generation, that of the last is
+    there for all later generations, too.
+    """
+    built = [int(arch) for arch in re.findall(r"\d+", archs)]
+    card = int(capability.replace(".", ""))
+    if built and built[-1] > card and not any(
+            arch <= card and arch // 10 == card // 10 for arch in built):
+        raise UserError(
+            "Caffe here is built for sm_%s, and this card is an sm_%d\n  "
+            "CUDA_ARCHS=%d tests/gpu/bundle.sh makes a folder for it"
+            % (", sm_".join(archs.split()), card, card))
 
 
 def _processor():

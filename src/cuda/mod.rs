@@ -35,9 +35,10 @@ impl Context {
             .map_err(|e| failed("find the current context", e))?
             .map(Context)
             .ok_or_else(|| {
+                // Caffe has one, so that is what the runtime's library knows.
                 Error::new(
-                    "CUDA: no context is current in this thread: call Caffe::SetDevice \
-                     (pycaffe: caffe.set_device) in it first",
+                    "CUDA: cannot find the context of Caffe: the driver library libcuda.so \
+                     knows of none in this thread; is it the driver's own?",
                 )
             })
     }

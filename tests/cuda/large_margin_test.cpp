@@ -787,7 +787,7 @@ void DriverErrors() {
     Layer<float> layer(p);
     Outcome<float> out = layer.Prepare({});
     layer.GpuForward({}, &out);
-  }), {"CUDA: no context is current", "set_device"});
+  }), {"CUDA: cannot find the context of Caffe"});
   UseDevice(0);
 }
 

@@ -425,6 +425,33 @@ def test_card_that_nothing_is_built_for(bundle, archs, capability, runs):
             in out) != runs
 
 
+@pytest.mark.parametrize("used, chosen, gpu", [
+    ("70000\n600\n3\n", None, "2"), ("900\n3\n", None, "0"),
+    ("70000\n3\n", "0", "0"), ("[N/A]\n3\n", None, "0")])
+def test_a_gpu_in_use_is_passed_by(bundle, used, chosen, gpu):
+    bundle.write("used", used)
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nassert os.environ.get("CUDA_VISIBLE_DEVICES", '
+            '"0") == "%s"\n' % gpu + path.read_text())
+    bundle.run("tests", "parity margin float", env={
+        "CUDA_VISIBLE_DEVICES": chosen} if chosen else None)
+    assert bundle.found()["machine"]["gpu"] == gpu
+
+
+def test_kernels_are_compiled_once(bundle):
+    """The driver keeps what it compiles at home, which may not be writable."""
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nopen(os.environ["STATE"] + "/cache", "w").write('
+            'os.environ.get("CUDA_CACHE_PATH", ""))\n' + path.read_text())
+    home = bundle.state / "home"
+    home.mkdir()
+    bundle.run("tests", "parity margin float", env={"HOME": str(home)})
+    assert (bundle.state / "cache").read_text() == ""
+    bundle.run("tests", "parity bn float", env={"HOME": str(home / "not")})
+    assert (bundle.state / "cache").read_text() == str(
+        bundle.results / "kernels")
+
+
 def test_copy_without_modes(bundle):
     """A folder that came by a way that loses what is executable."""
     for path in (bundle.root / "bin").iterdir():

@@ -42,6 +42,25 @@ def clocks():
     return _smi(_CLOCKS)
 
 
+def _idlest():
+    """The number of the GPU with most room, if the first one is in use.
+
+    None where the first one will do, or the user has chosen.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None
+    text = output(["nvidia-smi", "--query-gpu=memory.used",
+                   "--format=csv,noheader,nounits"]) or ""
+    try:
+        used = [int(line) for line in text.split()]  # MiB
+    except ValueError:
+        return None
+    # A desktop's is no use that matters.
+    if not used or used[0] < min(used) + 2048:
+        return None
+    return used.index(min(used))
+
+
 def _pythons_folders():
     """The folders of packages of all Pythons that may be in use here."""
     folders = list(sys.path)
@@ -163,8 +182,15 @@ class Host:
     def __init__(self, bundle, folder):
         self.is_gpu = bundle["device"] == "cuda"
         self.bin = os.path.join(HERE, "bin")
+        gpu = _idlest() if self.is_gpu else None
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         self.env = dict(os.environ, CUDA_DEVICE_ORDER="PCI_BUS_ID",
                         OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+        # Where a card needs kernels compiled, once and not in each process.
+        if not os.access(os.path.expanduser("~"), os.W_OK):
+            self.env.setdefault("CUDA_CACHE_PATH",
+                                os.path.join(folder, "kernels"))
         self.path = ""
         self._make_executable()
         libraries = {}
@@ -267,7 +293,8 @@ class Host:
                    "processor": _processor(), "processors": os.cpu_count(),
                    "libraries": libraries}
         if self.is_gpu:
-            machine.update(_smi(_CARD))
+            machine.update(_smi(_CARD), gpu=os.environ.get(
+                "CUDA_VISIBLE_DEVICES", "0"))
         return machine
 
 

@@ -16,7 +16,8 @@
 WORD picks the steps that have it in their names. A call that its limit, a
 signal or kill -9 ends is gone on with by the same call: what has passed is not
 done again, what has failed is, and trainings go on from their snapshots.
-RESULTS/results.json and results.md have all that was found.
+RESULTS/results.json and results.md have all that was found. Where the first GPU
+is in use, the one with most room is taken; CUDA_VISIBLE_DEVICES names another.
 
 The exit status is 0 if all is done and passed, 1 if something failed, 2 if the
 call is wrong, 3 if it was ended before all was done.

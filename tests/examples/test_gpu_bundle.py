@@ -65,13 +65,14 @@ def test_rehearsal_on_the_cpu(tree, caffe_root, tmp_path):
         assert done.returncode == status, done.stdout
         return done.stdout
 
-    run("tests", "BNLayerTest/0", "parity bn", "training")
+    run("tests", "BNLayerTest/0", "parity bn", "repeat", "training")
     run("benchmark")
     text = run("paper", "mnist")
     assert "done: 4 passed" in last_line(text)
     found = json.loads((out / "results.json").read_text())
     assert found["rehearsal"]
     assert found["tests"]["gtest BNLayerTest/0"]["status"] == "passed"
+    assert found["tests"]["repeat margin float"]["status"] == "passed"
     assert found["tests"]["training"]["status"] == "passed"
     assert {row["status"] for name, row in found["benchmark"].items()
             if "cuDNN" not in name} == {"passed"}
@@ -314,15 +315,17 @@ def test_ncu(bundle):
     assert "| ncu bn 128 64 28 28 | bn_normalize_f32 | 2 |" in text
 
 
-@pytest.mark.parametrize("words, status, outcome", [
-    ("========= Error: Device not supported.", 1, "skipped"),
-    ("Internal: pools are not supported\nInvalid __global__ write of size 4",
-     9, "failed"),
-    ("Internal: pools are not supported", 0, "passed")])
-def test_what_the_sanitizer_says(bundle, words, status, outcome):
+@pytest.mark.parametrize("tool, words, status, outcome", [
+    ("memcheck", "========= Error: Device not supported.", 1, "skipped"),
+    ("memcheck", "Internal: pools are not supported\nInvalid __global__ write "
+     "of size 4", 9, "failed"),
+    ("memcheck", "Internal: pools are not supported", 0, "passed"),
+    ("synccheck", "Barrier error at large_margin_backward_f32", 9, "failed"),
+    ("synccheck", "Barrier error at gemm_kernel", 9, "passed")])
+def test_what_the_sanitizer_says(bundle, tool, words, status, outcome):
     program(bundle.tools / "compute-sanitizer",
             "import sys\nprint(%r)\nsys.exit(%d)\n" % (words, status))
-    bundle.run("tests", "memcheck margin float",
+    bundle.run("tests", tool + " margin float",
                status=1 if outcome == "failed" else 0)
     found, = bundle.found()["tests"].values()
     assert found["status"] == outcome

@@ -2,7 +2,8 @@
 
   run.sh                        all that is left of the parts, in this order:
   run.sh tests [WORD...]        the layers' tests in Caffe, GPU against CPU,
-                                the same training twice, compute-sanitizer
+                                the same pass 300 times, the same training
+                                twice, compute-sanitizer
   run.sh benchmark [WORD...]    times beside Caffe's layers and cuDNN's, and
                                 the bandwidth of a copy, with the budgets
   run.sh profile [WORD...]      Nsight Compute (ncu) on the layers' kernels

@@ -364,7 +364,16 @@ def test_library_that_is_missing(bundle):
     bundle.write_bundle(libraries=["libcublas.so.13", "libcudnn.so.99"])
     out = bundle.run(status=1)
     assert "Caffe needs libcudnn.so.99, which this machine does not" in out
-    assert "pip install" in out
+    assert "pip install" in out and "--no-cudnn" in out
+    bundle.write_bundle(libraries=["libcublas.so.99", "libcudnn.so.9"])
+    assert "--no-cudnn" not in bundle.run(status=1)
+
+
+def test_another_processor(bundle):
+    (bundle.root / "bin/caffe").write_bytes(b"\x7fELF\2\1\1" + bytes(60))
+    out = bundle.run(status=1)
+    assert "caffe cannot be started on this machine (" in out
+    assert "format error" in out
 
 
 def test_no_driver(bundle):

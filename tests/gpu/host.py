@@ -117,13 +117,15 @@ def find_libraries(names):
         else:
             missing.append(name)
     if missing:
+        without = ("\n  or make the folder without cuDNN: tests/gpu/bundle.sh "
+                   "--no-cudnn" if "libcudnn" in missing[0] else "")
         raise UserError(
             "Caffe needs %s, which this machine does not have.\n  Take a "
             "Python with PyTorch for CUDA 13, install CUDA 13 and cuDNN (set "
             "CUDNN_ROOT),\n  or get the libraries into this folder with\n"
             "    pip install --no-deps --target %s nvidia-cublas==13.* "
-            "nvidia-curand==10.4.* nvidia-cudnn-cu13"
-            % (", ".join(missing), os.path.join(HERE, "cuda")))
+            "nvidia-curand==10.4.* nvidia-cudnn-cu13%s"
+            % (", ".join(missing), os.path.join(HERE, "cuda"), without))
     return found
 
 
@@ -248,6 +250,9 @@ class Host:
                                   stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, timeout=_PATIENCE,
                                   universal_newlines=True)
+        except OSError as error:
+            raise UserError("%s cannot be started on this machine (%s): %s"
+                            % (name, platform.machine(), error))
         except subprocess.TimeoutExpired:
             raise UserError("%s %s has not answered for %d s: does nvidia-smi?"
                             % (name, argument, _PATIENCE))

@@ -315,6 +315,13 @@ def test_ncu(bundle):
     assert "| ncu bn 128 64 28 28 | bn_normalize_f32 | 2 |" in text
 
 
+def test_ncu_that_may_not_count(bundle):
+    program(bundle.tools / "ncu", "import sys\nsys.exit('==ERROR== "
+            "ERR_NVGPUCTRPERM - The user does not have permission')")
+    out = bundle.run("profile", "28 28")
+    assert "lets root alone count" in out and "done: 1 skipped" in out
+
+
 @pytest.mark.parametrize("tool, words, status, outcome", [
     ("memcheck", "========= Error: Device not supported.", 1, "skipped"),
     ("memcheck", "Internal: pools are not supported\nInvalid __global__ write "

@@ -379,7 +379,7 @@ def test_library_that_is_missing(bundle):
 def test_another_processor(bundle):
     (bundle.root / "bin/caffe").write_bytes(b"\x7fELF\2\1\1" + bytes(60))
     out = bundle.run(status=1)
-    assert "caffe cannot be started on this machine (" in out
+    assert "Caffe does not start on this machine (" in out
     assert "format error" in out
 
 
@@ -505,17 +505,25 @@ def test_no_gpu(bundle):
                    "usable GPU: no device is detected\n")
 
 
-def test_older_c_library(bundle):
-    """Programs that do not start by themselves do with the folder's own."""
+@pytest.mark.parametrize("is_there", [True, False])
+def test_older_c_library(bundle, is_there):
+    """Programs that do not start by themselves do with the folder's own.
+
+    Some systems have none where programs look for it.
+    """
     for name in ("caffe", "gpu_check"):
         path = bundle.root / "bin" / name
         program(path, "import os, sys\n'LOADED' in os.environ or "
                 "sys.exit('GLIBC_2.36 not found')\n" + path.read_text())
+        if not is_there:
+            program(bundle.state / name, path.read_text())
+            path.write_text("#!/there/is/none\n")
     loader = bundle.root / "lib/c/ld-linux-x86-64.so.2"
     loader.parent.mkdir(parents=True)
     loader.write_text('#!/bin/bash\n[[ $1 == --argv0 && $2 == */bin/* && '
-                      '$3 == --library-path && $4 == *cudnn/lib* ]] && '
-                      'LOADED=1 exec "${@:5}"\n')
+                      '$3 == --library-path && $4 == *cudnn/lib* ]] || exit\n'
+                      'run=$STATE/${5##*/}; [[ -e $run ]] || run=$5\n'
+                      'LOADED=1 exec "$run" "${@:6}"\n')
     loader.chmod(0o755)
     bundle.run("tests", "parity margin float")
     bundle.run("paper", "mnist", "m=1")

@@ -250,16 +250,17 @@ class Host:
                                   stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, timeout=_PATIENCE,
                                   universal_newlines=True)
-        except OSError as error:
-            raise UserError("%s cannot be started on this machine (%s): %s"
-                            % (name, platform.machine(), error))
         except subprocess.TimeoutExpired:
             raise UserError("%s %s has not answered for %d s: does nvidia-smi?"
                             % (name, argument, _PATIENCE))
 
     def _starts(self):
-        done = self._ask("caffe", "--version")
-        return done.returncode == 0, done.stdout + done.stderr
+        """Whether Caffe does, and what it says."""
+        try:
+            done = self._ask("caffe", "--version")
+        except OSError as error:  # another processor, or another loader's place
+            return False, str(error)
+        return done.returncode == 0, (done.stdout + done.stderr).strip()
 
     def _find_a_start(self, folder):
         """A C library older than that of the build is passed by.
@@ -267,7 +268,8 @@ class Host:
         Scripts stand for the programs then: some tests start their own program
         anew.
         """
-        if self._starts()[0]:
+        started, why = self._starts()
+        if started:
             return
         loaders = glob.glob(HERE + "/lib/c/ld-linux*")
         scripts = os.path.join(folder, "bin")
@@ -276,7 +278,7 @@ class Host:
         for name in os.listdir(self.bin):
             script = os.path.join(scripts, name)
             with open(script, "w") as file:
-                file.write('#!/bin/bash\nexec "%s" --argv0 "$0" '
+                file.write('#!/bin/sh\nexec "%s" --argv0 "$0" '
                            '--library-path "%s" "%s" "$@"\n'
                            % (loaders[0] if loaders else "",
                               path, os.path.join(self.bin, name)))
@@ -284,8 +286,9 @@ class Host:
         self.bin, self.path = scripts, ""
         started, words = self._starts()
         if not started:
-            raise UserError("Caffe does not start on this machine:\n  "
-                            + words.strip())
+            raise UserError("Caffe does not start on this machine (%s):\n  %s"
+                            "\n  nor with this folder's C library: %s"
+                            % (platform.machine(), why, words))
 
     def _describe(self, libraries):
         done = self._ask("gpu_check", "device")

@@ -720,8 +720,8 @@ struct ClassAdder {
   __device__ int ClassAt(int place) const {
     return place < 0 ? NO_CLASS : ClassOf(KeyAt(keys, num_samples, place));
   }
-  // How many of the next WARP chunks have a class, too. A lane looks at each, at
-  // its nearest place: from `place` on, `step` apart. By a warp.
+  // How many of the next WARP chunks have a class, too: a lane looks at each,
+  // at its nearest place, from `place` on and `step` apart. By a warp.
   __device__ int CountNext(int of_class, int place, int step) const {
     const int y = ClassAt(place + static_cast<int>(threadIdx.x % WARP) * step);
     return __popc(

@@ -55,12 +55,20 @@ def margin_panels(history):
     return list(panels.items())
 
 
+def descents(history):
+    """The curves of lambda: of each layer where several log theirs."""
+    layers = history.margins()
+    if len(layers) > 1:
+        return [(layer, history.margin(layer, "lambda")) for layer in layers]
+    return [("lambda", history.descent())]
+
+
 def draw(history, title):
     """A figure with one panel for each of what the log has."""
     panels = [("loss", [("train loss", history.curve("train", "loss")),
                         ("test loss", history.curve("test", "loss"))]),
               ("test accuracy", [("test accuracy", history.accuracies())]),
-              ("lambda", [("lambda", history.descent())])]
+              ("lambda", descents(history))]
     panels += margin_panels(history)
     panels = [(label, [c for c in curves if c[1][0]])
               for label, curves in panels]

@@ -512,6 +512,24 @@ def test_compare(solver, tmp_path):
     assert Image.open(str(png)).size == (800, 530)
 
 
+def test_the_legend_names_each_layer_once(solver, monkeypatch, capsys):
+    import plot_lambda as tool
+    second = NET.split("layer {")[-2].replace('"lm"', '"other"')
+    path = solver(GOOD, net=NET + "layer {" + second % GOOD)
+    made = []
+    monkeypatch.setattr(tool.figures, "save",
+                        lambda figure, path: made.append(figure))
+    monkeypatch.setattr(sys, "argv", ["plot_lambda.py", str(path),
+                                      "--suggest", "5"])
+    tool.main()
+    names = [text.get_text() for figure in made
+             for text in figure.axes[0].get_legend().get_texts()]
+    assert names == [
+        "lambda of " + name + what for name in ("lm", "other")
+        for what in ("", ", suggested", ", with lambda_min")] + [
+            "learning rate"]
+
+
 def test_a_candidate_is_drawn_over_the_net(solver, pb):
     import plot_lambda as tool
     first = tool.read(pb, str(solver(GOOD + " lambda_min: 2 iteration: 7")))

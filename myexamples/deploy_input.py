@@ -1,5 +1,6 @@
 """What a net's data layer hands over: its shape, its transform, its images."""
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -8,6 +9,16 @@ from caffe_model import read_bytes, read_mean, text
 from caffe_proto import ROOT, UserError
 
 IMAGES = ("Data", "ImageData", "WindowData", "MemoryData")
+
+
+def said(path, name):
+    """What the comments in the prototxt at path say of how the input of that
+    name is made (Input.comments wrote them): a dict, empty without them."""
+    with open(path, errors="replace") as file:
+        found = re.search(r'(?m)^# Input "%s": .*\n((?:#   .*\n)*)'
+                          % re.escape(name), file.read())
+    return dict(re.findall(r"(?m)^#   (\w+): (.*)$", found[1])) if found \
+        else {}
 
 
 class Input:

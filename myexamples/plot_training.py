@@ -40,7 +40,7 @@ def margin_panels(history):
     panels = {"angle (degrees)": [], "norm": [], "margin holds": [],
               "samples in segment": []}
     for layer in layers:
-        head = layer + " " if len(layers) > 1 else ""
+        head = figures.shortened(layer, 24) + " " if len(layers) > 1 else ""
         for label, name, words in (
                 ("angle (degrees)", "angle_p95", "95th percentile"),
                 ("angle (degrees)", "angle_mean", "mean"),
@@ -80,7 +80,10 @@ def draw(history, title):
         for name, (iterations, values) in curves:
             marker = "." if name.startswith("test") else None
             axis.plot(iterations, values, label=name, marker=marker)
-        if len(curves) > 1:
+        if len(curves) > 2:
+            # Beside: inside it would hide some of them.
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        elif len(curves) > 1:
             axis.legend()
         else:
             label = curves[0][0] if label == "loss" else label

@@ -367,6 +367,17 @@ def test_plot_has_panels_of_what_is_in_the_log():
     assert curves[5] == ["ip2 margin holds", "b margin holds"]
 
 
+def test_a_legend_of_many_curves_hides_none():
+    from plot_training import draw
+    figure = draw(History(read_margin_log("ip2", "b")), "a title")
+    figure.canvas.draw()
+    for axis in figure.axes:
+        if len(axis.lines) > 2:
+            legend = axis.get_legend().get_window_extent()
+            assert not legend.overlaps(axis.get_window_extent())
+            assert figure.bbox.x1 >= legend.x1
+
+
 # ---- The head ----
 
 HEAD = """\

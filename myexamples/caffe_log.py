@@ -107,14 +107,17 @@ class Row:
     def find(self, word):
         """The loss, accuracy, lambda or lr, or None.
 
-        A test's loss is the sum of its losses, as that of a train row is. Of
-        several accuracies it is that of a margin layer's logits, and that of
-        the least top_k. Where the log does not tell what a value is, the first
-        one whose name contains the word in any case counts.
+        A test's loss is the sum of its losses, as that of a train row is. The
+        accuracy is NaN where that is. Of several accuracies it is that of a
+        margin layer's logits, and that of the least top_k. Where the log does
+        not tell what a value is, the first one whose name contains the word in
+        any case counts.
         """
         if word == "loss" and self.kind == "test" and self.losses:
             return sum(value * weight for value, weight
                        in self.losses.values())
+        if word == "accuracy" and math.isnan(self.find("loss") or 0):
+            return math.nan  # Caffe's Accuracy takes NaN for right
         kind, at = self._TOPS.get(word, ("", 0))
         layer = self._layer(kind, at)
         if layer:

@@ -511,6 +511,16 @@ def test_the_accuracy_that_counts_is_that_of_the_margin_layer():
     assert history.accuracies() == ([0, 100, 200], [.1034, .8012, .9034])
 
 
+def test_the_accuracy_of_a_net_that_diverged():
+    """Caffe counts NaN as right, so that its accuracy is 1."""
+    lines = [line.replace("0.34 (* 1 = 0.34", "-nan (* 1 = -nan").replace(
+        "0.9034", "1") for line in read_log()]
+    assert any("-nan" in line for line in lines)
+    values = History(lines).accuracies()[1]
+    assert values[:2] == [.1034, .8012] and math.isnan(values[2])
+    assert watch(lines).stdout.split()[-3:-1] == ["nan", "nan"]
+
+
 def test_the_angles_beside_lambda_are_of_its_layer():
     lines = watch(several_heads()).stdout.splitlines()
     # read_margin_log gives "other" 60 degrees, and ip2 50.

@@ -20,6 +20,7 @@ from caffe_proto import UserError, user_errors
 
 import numpy as np
 
+import deploy_input
 import idx_file
 from caffe_model import read_bytes, text
 
@@ -37,12 +38,7 @@ def read_transform(prototxt):
     """What the comments at the head of a deploy.prototxt say: arguments for
     blobFromImage, whether the images are gray, and what is done before: the
     (width, height) to resize to and then the crop, each of them or None."""
-    try:
-        with open(prototxt, errors="replace") as file:
-            head = file.read()
-    except OSError as error:
-        raise UserError("cannot read %s: %s" % (prototxt, error.strerror))
-    said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
+    said = deploy_input.said(prototxt)
 
     def sides(key):
         return tuple(int(side) for side in said[key].split(","))

@@ -11,14 +11,20 @@ from caffe_proto import ROOT, UserError
 IMAGES = ("Data", "ImageData", "WindowData", "MemoryData")
 
 
-def said(path, name):
+def said(path, name=None):
     """What the comments in the prototxt at path say of how the input of that
-    name is made (Input.comments wrote them): a dict, empty without them."""
-    with open(path, errors="replace") as file:
+    name, or the only one, is made (Input.comments wrote them): a dict, empty
+    without them."""
+    try:
+        with open(path, errors="replace") as file:
+            head = file.read()
+    except OSError as error:
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    if name is not None:
         found = re.search(r'(?m)^# Input "%s": .*\n((?:#   .*\n)*)'
-                          % re.escape(name), file.read())
-    return dict(re.findall(r"(?m)^#   (\w+): (.*)$", found[1])) if found \
-        else {}
+                          % re.escape(name), head)
+        head = found[1] if found else ""
+    return dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
 
 
 class Input:

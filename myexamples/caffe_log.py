@@ -19,9 +19,6 @@ import re
 import sys
 import time
 
-# First: Ctrl-C is quiet from here on.
-from caffe_proto import user_errors
-
 _NUMBER = r"([-+]?(?:nan|inf|[\d.]+(?:e[-+]?\d+)?))"
 _LOSS = re.compile(r"\] Iteration (\d+)(?: \(.*\))?, loss = " + _NUMBER, re.I)
 _TESTING = re.compile(r"\] Iteration (\d+), Testing net \(#(\d+)\)")
@@ -458,6 +455,8 @@ def may_write(path):
 
 
 def main():
+    # Here, as the bundle for a GPU host has this file without that one.
+    from caffe_proto import user_errors
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)

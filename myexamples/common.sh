@@ -277,6 +277,9 @@ model_accuracy() {
   { GLOG_logtostderr=1 "$CAFFE" test --model="$net" --weights="$model" \
     --iterations="$iterations" >"$log" 2>&1; } 2>/dev/null ||
     die "caffe test failed; its whole log is $(rel "$log")"
+  # Caffe's Accuracy takes NaN for right.
+  ! grep -q '\] Loss: -\?nan' "$log" ||
+    die "the training has diverged: the test loss of $(rel "$model") is nan"
   printf '%.4f' "$(sed -n 's/.*\] accuracy = //p' "$log" | tail -n 1)"
 }
 

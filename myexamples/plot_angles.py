@@ -119,6 +119,14 @@ def find_label(net, layer):
                 "label")
 
 
+def find_ignored(net, layer):
+    """The ignore_label, which the layer may have in training alone; or None."""
+    params = (other.largemargin_inner_product_param
+              for other in [layer, *net.layer] if other.name == layer.name)
+    return next((param.ignore_label for param in params
+                 if param.HasField("ignore_label")), None)
+
+
 def check_classes(pb, net, path, layer):
     """Raises UserError where another layer with weights follows on layer:
     what that one has are no class weights."""
@@ -163,15 +171,17 @@ def check_sources(pb, net):
 class Angles:
     """Angles in degrees of samples to their own class and the nearest other.
 
-    skipped counts the samples left out: without a label of a class, or with
-    features of zeros.
+    skipped counts the samples left out: without a label of a class, with the
+    one that is ignored, or with features of zeros.
     """
 
-    def __init__(self, rows, labels, weights):
+    def __init__(self, rows, labels, weights, ignored=None):
         rows, weights = (np.asarray(array, np.float64)
                          for array in (rows, weights))
         good = ((labels >= 0) & (labels < len(weights))
                 & (labels == np.floor(labels)) & rows.any(axis=1))
+        if ignored is not None:
+            good &= labels != ignored
         self.skipped = int(np.sum(~good))
         rows, labels = rows[good], labels[good].astype(int)
         lengths = np.linalg.norm(weights, axis=1)
@@ -281,7 +291,8 @@ def run(args):
                                 " x ".join(map(str, weights.shape))))
         if not np.isfinite(rows).all():
             raise UserError("the features of %s are not finite" % shown)
-        angles = Angles(rows, labels.ravel(), weights)
+        angles = Angles(rows, labels.ravel(), weights,
+                        find_ignored(net, layer))
         if not len(angles.own):
             raise UserError("%s: no sample has features and a label of the %d "
                             "classes" % (shown, len(weights)))

@@ -581,6 +581,15 @@ def test_data_comes_in_pieces(bundle, tmp_path):
     assert (bundle.results / "data/cifar10_mean.binaryproto").exists()
 
 
+def test_a_net_that_has_diverged_is_never_right(bundle):
+    """Caffe's Accuracy takes NaN for right."""
+    bundle.write("accuracy", "1")
+    bundle.write("diverged", "")
+    out = bundle.run("paper", "mnist", "m=1")
+    assert "test error 100.00 %, the paper's 0.40 %; it DIVERGED" in out
+    assert bundle.found()["paper"]["mnist m=1"]["error_percent"] == 100
+
+
 def test_data_that_is_not_official(bundle, tmp_path):
     (tmp_path / "test_batch.bin").write_bytes(b"something else")
     out = bundle.run("data", tmp_path / "test_batch.bin", status=1)

@@ -153,6 +153,15 @@ def test_samples_without_a_class_are_left_out(tmp_path, caffe_root):
     assert "no sample has features and a label of the 3 classes" in done.stdout
 
 
+def test_samples_that_the_layer_ignores_are_left_out(tmp_path, caffe_root):
+    net = Net(tmp_path)
+    net.path.write_text(net.path.read_text().replace(
+        "num_output: 3", "num_output: 3 ignore_label: 1"))
+    done = net.plot(net.solver, net.model("a", [0, 90, 180]))
+    assert "    3 samples (1 without a class or with features of zeros left " \
+        "out): own class 0.0" in done.stdout
+
+
 MISTAKES = [
     (('"Flatten" bottom: "data" top: "flat" }', """"InnerProduct"
        bottom: "data" top: "a" inner_product_param { num_output: 2 } }

@@ -21,6 +21,9 @@ from small_mnist import expect, small_mnist
 for folder in ("", "mnist", "mnist_2d"):
     sys.path.insert(0, os.path.join(ROOT, "myexamples", folder))
 
+import caffe_model  # noqa: E402
+import caffe_proto  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("caffe_root")
 
 
@@ -109,6 +112,23 @@ def test_quick_warns_of_a_training_that_goes_wrong(mnist):
                 if line.startswith("warning: iteration ")]
     assert len(warnings) >= 1, done.stdout
     assert "base_lr" in warnings[0]
+
+
+def test_quick_tells_no_accuracy_of_a_model_that_has_diverged(mnist):
+    """Caffe's Accuracy takes NaN for right."""
+    assert quick(mnist).returncode == 0
+    path = mnist.path("mnist/quick_snapshot/quick_iter_20.caffemodel")
+    pb = caffe_proto.load()
+    model = caffe_model.read_net(pb, str(path))
+    for layer in model.layer:
+        if layer.name == "ip2":
+            layer.blobs[0].data[:] = [float("nan")] * len(layer.blobs[0].data)
+    path.write_bytes(model.SerializeToString())
+    done = quick(mnist)
+    assert done.returncode == 1
+    assert re.search(r"error: the training has diverged: the test loss of "
+                     r"\S+quick_iter_20.caffemodel is nan", done.stdout)
+    assert "test accuracy: 1" not in done.stdout
 
 
 def wait_for(condition, process, seconds=120):

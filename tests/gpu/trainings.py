@@ -270,18 +270,23 @@ class Training:
                                "GLOG_minloglevel=0"] + command, log,
                               self.run.results.folder)
         with open(log, errors="replace") as file:
-            accuracy = re.findall(r"\] accuracy = (\S+)", file.read())
+            text = file.read()
+        accuracy = re.findall(r"\] accuracy = (\S+)", text)
         if status != 0 or not accuracy:
             self.keep(FAILED, words="caffe test failed; see " + log)
             say("paper %s: FAILED, caffe test failed" % self.label)
             show_end(log)
             return
         error = 100 * (1 - float(accuracy[-1]))
+        # Caffe's Accuracy takes NaN for right.
+        is_nan = re.search(r"\] Loss: -?nan", text)
+        if is_nan:
+            error = 100.0
         words = "test error %.2f %%" % error
         if self.entry["paper_percent"] is not None:
             words += ", the paper's %.2f %%" % self.entry["paper_percent"]
-        if self.entry["loss"] is not None and caffe_log.is_diverged(
-                self.entry["loss"]):
+        if is_nan or (self.entry["loss"] is not None
+                      and caffe_log.is_diverged(self.entry["loss"])):
             words += "; it DIVERGED"
         self.keep(PASSED, error_percent=round(error, 4), words=words)
         say("paper %s: %s" % (self.label, words))

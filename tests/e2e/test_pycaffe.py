@@ -146,6 +146,18 @@ def test_a_loss_on_the_plain_logits_is_one_in_a_solver(spec):
     assert not np.allclose(without["ip2"][0], with_loss["ip2"][0])
 
 
+def test_a_gradient_by_hand_on_the_plain_logits_counts(spec):
+    """In a solver's net as in others, where no layer has the third top."""
+    text = (spec / "net.prototxt").read_text()
+    (spec / "net.prototxt").write_text(text.replace(
+        'bottom: "plain"', 'bottom: "ip2"'))
+    assert 'bottom: "plain"' in text
+    more = gradients(spec, True)["ip2"][0] - gradients(spec, False)["ip2"][0]
+    # The same for each class and sample: 2.3 times the sum of the features.
+    assert np.abs(more).max() > 1
+    np.testing.assert_allclose(more, np.tile(more[:1], (4, 1)), rtol=1e-3)
+
+
 def test_reshape_between_passes(data):
     text = """
 layer { name: "data" type: "Input" top: "data" top: "label"

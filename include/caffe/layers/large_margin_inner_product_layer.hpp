@@ -89,12 +89,12 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
   /**
-   * @brief Says that the layer is in the training net of a solver, whose
-   *        backward passes bring a gradient by the third top, or do not.
+   * @brief Says that the layer is in the training net of a solver, and whether
+   *        what is written to the gradient of its third top is one.
    *
-   * A layer of other nets takes one that is not empty for a gradient.
+   * A layer of other nets takes it for one.
    */
-  void JoinSolver(bool has_plain_diff);
+  void JoinSolver(bool takes_plain_diff);
   /**
    * @brief Continues the descent of lambda after `passes` forward passes in
    *        all; after those of the layer's parameter where they are more.

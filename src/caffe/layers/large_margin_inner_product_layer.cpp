@@ -40,7 +40,7 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
   explicit State(const string& param)
       : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))),
-        has_labels(false), in_solver(false), has_plain_diff(false) {}
+        has_labels(false), in_solver(false), takes_plain_diff(true) {}
 
   lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
     has_labels = bottom.size() > 1;
@@ -55,9 +55,9 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
   bool has_labels;
-  // Whether the layer is in a solver's training net, and what that says of the
-  // third top.
-  bool in_solver, has_plain_diff;
+  // Whether the layer is in a solver's training net, and whether what is in the
+  // gradient of the third top is one.
+  bool in_solver, takes_plain_diff;
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
 };
@@ -235,8 +235,7 @@ void LargeMarginInnerProductLayer<Dtype>::BackwardIn(
   pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
   pass.logits_diff = Memory::MutableDiff(top[0]);
-  if (top.size() > 2 && (state_->in_solver ? state_->has_plain_diff
-      : HasDiff(top[2]))) {
+  if (top.size() > 2 && state_->takes_plain_diff && HasDiff(top[2])) {
     pass.plain_diff = Memory::Diff(top[2]);
   }
   pass.features = Memory::Data(bottom[0]);
@@ -297,9 +296,9 @@ void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::JoinSolver(bool has_plain_diff) {
+void LargeMarginInnerProductLayer<Dtype>::JoinSolver(bool takes_plain_diff) {
   state_->in_solver = true;
-  state_->has_plain_diff = has_plain_diff;
+  state_->takes_plain_diff = takes_plain_diff;
 }
 
 template <typename Dtype>

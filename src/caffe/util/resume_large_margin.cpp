@@ -211,23 +211,25 @@ string WeightName(const Layer<Dtype>& layer) {
       ? layer.layer_param().param(0).name() : "";
 }
 
-// Whether the net's backward passes bring the layer a gradient by its third
-// top. Some layers write one to which nothing leads: on the GPU Accuracy and,
-// before BVLC Caffe's #6202, a loss with loss_weight 0.
+// Whether what is in the gradient of the layer's third top is one. Some layers
+// write there without being led to by a loss: on the GPU Accuracy and, before
+// BVLC Caffe's #6202, a loss with loss_weight 0. Where no layer has the top, it
+// is its user's who writes, by pycaffe for example.
 template <typename Dtype>
-bool HasPlainDiff(const Net<Dtype>& net, int layer) {
+bool TakesPlainDiff(const Net<Dtype>& net, int layer) {
   const vector<int>& tops = net.top_ids(layer);
   if (tops.size() < 3) { return false; }
   if (net.layers()[layer]->loss(2) != 0) { return true; }
+  bool is_bottom = false;
   for (int i = 0; i < net.layers().size(); ++i) {
     const vector<int>& bottoms = net.bottom_ids(i);
     for (int j = 0; j < bottoms.size(); ++j) {
-      if (bottoms[j] == tops[2] && net.bottom_need_backward()[i][j]) {
-        return true;
-      }
+      if (bottoms[j] != tops[2]) { continue; }
+      if (net.bottom_need_backward()[i][j]) { return true; }
+      is_bottom = true;
     }
   }
-  return false;
+  return !is_bottom;
 }
 
 // Nobody uses the gradients by the parameters of a test net; for those of
@@ -288,7 +290,7 @@ void PrepareLayers(Solver<Dtype>* solver) {
   const Net<Dtype>& net = *solver->net();
   for (int i = 0; i < net.layers().size(); ++i) {
     if (MarginLayer(net, i)) {
-      MarginLayer(net, i)->JoinSolver(HasPlainDiff(net, i));
+      MarginLayer(net, i)->JoinSolver(TakesPlainDiff(net, i));
     }
   }
   for (int i = 0; i < solver->test_nets().size(); ++i) {
@@ -367,6 +369,8 @@ void ResumeLargeMargin(Net<Dtype>* net, const string& model_file) {
   if (layers.empty()) { return; }
   const shared_ptr<Snapshot> snapshot = SnapshotOfModel(model_file);
   for (int i = 0; i < layers.size(); ++i) {
+    // As in a solver's test net: no margin, no lambda to speak of.
+    if (!layers[i]->has_labels()) { continue; }
     const SavedLayer saved =
         snapshot->Find(layers[i]->layer_param().name());
     if (saved.has_passes) {

@@ -389,6 +389,16 @@ def test_caffe_test_starts_with_the_passes_of_the_model(data, form):
         shown(7 + 2 * END + i) for i in (1, 2)]
 
 
+def test_caffe_test_says_no_lambda_of_a_layer_without_labels(data):
+    net(data)
+    solve(data, "whole")
+    write_net(data, data_layer() + IP1 + margin_layer(
+        bottoms=("ip1",), tops=("ip2",)) + LOSS)
+    log = run_caffe("test", "--model=net.prototxt", "--iterations=1",
+                    "--weights=whole_iter_%d.caffemodel" % END, cwd=data)
+    assert "resumes" not in log and "Batch 0, loss" in log
+
+
 def test_caffe_test_without_a_count_starts_at_iteration(data):
     """A model of the original, and an HDF5 one without its solver's state."""
     net(data, 7)

@@ -158,7 +158,7 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   template <class Memory>
   void BackwardIn(const vector<Blob<Dtype>*>& top,
       const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
-  void WarnOfPhase(bool labels, bool plain_logits) const;
+  void Warn(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
   void LogDiagnosis(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top) const;

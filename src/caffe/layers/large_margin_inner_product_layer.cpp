@@ -108,7 +108,7 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   }
   CheckSize(*this, "weights", weight_shape[0], "classes", weight_shape[1],
       "features");
-  WarnOfPhase(bottom.size() > 1, top.size() > 2);
+  Warn(bottom.size() > 1, top.size() > 2);
   if (this->blobs_.size() > 0) {
     LOG(INFO) << "Skipping parameter initialization";
     const Blob<Dtype>& weight = *this->blobs_[0];
@@ -132,12 +132,20 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::WarnOfPhase(bool labels,
+void LargeMarginInnerProductLayer<Dtype>::Warn(bool labels,
     bool plain_logits) const {
   const int margin = state_->rust->margin();
   if (margin == 1 || !Caffe::root_solver()) { return; }
   const string layer =
       string(type()) + " layer '" + this->layer_param_.name() + "' of the ";
+  const LargeMarginInnerProductParameter& param =
+      this->layer_param_.largemargin_inner_product_param();
+  // A prototxt that was made of a snapshot's model.
+  LOG_IF(WARNING, this->phase_ == TRAIN && labels
+      && param.passes() > param.iteration()) << layer << "TRAIN phase begins "
+      << "after " << passes() << " forward passes, lambda = " << lambda()
+      << ", as the prototxt has passes, which a snapshot wrote. Delete it to "
+      << "begin at iteration " << param.iteration();
   LOG_IF(WARNING, this->phase_ == TRAIN && !labels) << layer << "TRAIN phase "
       << "has no labels, so it trains as InnerProduct does, without the margin "
       << "of " << margin << ". Give it the labels as a second bottom";

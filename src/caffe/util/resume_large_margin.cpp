@@ -232,13 +232,14 @@ bool TakesPlainDiff(const Net<Dtype>& net, int layer) {
   return !is_bottom;
 }
 
-// Nobody uses the gradients by the parameters of a test net; for those of
-// slope and bias, BN would keep x-hat in each pass in place.
+// Hardly anybody uses the gradients by the parameters of a test net; for those
+// of slope and bias, BN would keep x-hat in each pass in place.
 template <typename Dtype>
 void KeepNothingForBackward(const Net<Dtype>& test_net) {
   for (int i = 0; i < test_net.layers().size(); ++i) {
     Layer<Dtype>* const layer = test_net.layers()[i].get();
-    if (string(layer->type()) != "BN") { continue; }
+    if (string(layer->type()) != "BN"
+        || test_net.bottom_ids(i) != test_net.top_ids(i)) { continue; }
     for (int j = 0; j < layer->blobs().size(); ++j) {
       layer->set_param_propagate_down(j, false);
     }

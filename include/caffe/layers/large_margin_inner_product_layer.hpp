@@ -102,8 +102,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   void Resume(int64_t passes);
   /// @brief The forward passes behind the layer, all that ever were.
   int64_t passes() const;
-  /// @brief Whether the layer has labels, and so a margin.
-  bool has_labels() const;
+  /// @brief Whether the layer has labels, and a margin above 1 for them.
+  bool has_margin() const;
   /// @brief lambda of the last forward pass; before the first, of the next.
   double lambda() const;
 

@@ -320,8 +320,8 @@ int64_t LargeMarginInnerProductLayer<Dtype>::passes() const {
 }
 
 template <typename Dtype>
-bool LargeMarginInnerProductLayer<Dtype>::has_labels() const {
-  return state_->has_labels;
+bool LargeMarginInnerProductLayer<Dtype>::has_margin() const {
+  return state_->has_labels && state_->rust->margin() > 1;
 }
 
 template <typename Dtype>

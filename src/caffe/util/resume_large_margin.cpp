@@ -166,7 +166,9 @@ void Resume(LargeMarginInnerProductLayer<Dtype>* layer, int64_t passes,
         << source;
     source = by_hand.str();
   }
-  LOG_IF(INFO, Caffe::root_solver()) << layer->type() << " layer '"
+  // The TEST layers of most nets have no margin, and no lambda to speak of.
+  LOG_IF(INFO, Caffe::root_solver() && (layer->has_margin()
+      || layer->layer_param().phase() == TRAIN)) << layer->type() << " layer '"
       << layer->layer_param().name() << "'" << where << " resumes after "
       << layer->passes() << " forward passes (" << source << "), lambda = "
       << layer->lambda();
@@ -332,8 +334,6 @@ void ResumeLargeMargin(Solver<Dtype>* solver, const string& state_file) {
         * param.test_iter(i);
     for (int j = 0; j < test_layers[i].size(); ++j) {
       LargeMarginInnerProductLayer<Dtype>* const layer = test_layers[i][j];
-      // Without labels there is no margin, and no lambda to speak of.
-      if (!layer->has_labels()) { continue; }
       const string& name = layer->layer_param().name();
       // An iteration that a user set since then is not where it started.
       const SavedLayer saved = snapshot->Find(name);
@@ -370,8 +370,6 @@ void ResumeLargeMargin(Net<Dtype>* net, const string& model_file) {
   if (layers.empty()) { return; }
   const shared_ptr<Snapshot> snapshot = SnapshotOfModel(model_file);
   for (int i = 0; i < layers.size(); ++i) {
-    // As in a solver's test net: no margin, no lambda to speak of.
-    if (!layers[i]->has_labels()) { continue; }
     const SavedLayer saved =
         snapshot->Find(layers[i]->layer_param().name());
     if (saved.has_passes) {

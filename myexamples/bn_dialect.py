@@ -38,7 +38,7 @@ def moving_variance(inv_std, slope, eps):
     with np.errstate(divide="ignore", over="ignore"):
         variance = np.clip(1 / np.square(inv_std) - eps, 0, LARGEST_VARIANCE)
     # What is written is float.
-    variance = np.float64(np.float32(variance))
+    variance = variance.astype(np.float32).astype(np.float64)
     factor = inv_std * np.sqrt(variance + eps)
     odd = (inv_std <= 0) | (variance == 0) | (variance >= LARGEST_VARIANCE)
     return variance, np.where(odd, slope * factor, slope)

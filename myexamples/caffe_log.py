@@ -19,6 +19,9 @@ import re
 import sys
 import time
 
+# First: Ctrl-C is quiet from here on.
+from caffe_proto import user_errors
+
 _NUMBER = r"([-+]?(?:nan|inf|[\d.]+(?:e[-+]?\d+)?))"
 _LOSS = re.compile(r"\] Iteration (\d+)(?: \(.*\))?, loss = " + _NUMBER, re.I)
 _TESTING = re.compile(r"\] Iteration (\d+), Testing net \(#(\d+)\)")
@@ -104,22 +107,44 @@ class Row:
     def find(self, word):
         """The loss, accuracy, lambda or lr, or None.
 
-        A test's loss is the sum of its losses, as that of a train row is.
-        Where the log does not tell what a value is, the first one whose name
-        contains the word in any case counts.
+        A test's loss is the sum of its losses, as that of a train row is. The
+        accuracy is NaN where that is. Of several accuracies it is that of a
+        margin layer's logits, and that of the least top_k. Where the log does
+        not tell what a value is, the first one whose name contains the word in
+        any case counts.
         """
         if word == "loss" and self.kind == "test" and self.losses:
             return sum(value * weight for value, weight
                        in self.losses.values())
+        if word == "accuracy" and math.isnan(self.find("loss") or 0):
+            return math.nan  # Caffe's Accuracy takes NaN for right
         kind, at = self._TOPS.get(word, ("", 0))
-        for layer in self.layers:
-            if layer.type == kind and set(layer.tops[at:at + 1]) & set(
-                    self.values):
-                return self.values[layer.tops[at]]
+        layer = self._layer(kind, at)
+        if layer:
+            return self.values[layer.tops[at]]
         for name, value in self.values.items():
             if word in name.lower():
                 return value
         return None
+
+    def _layer(self, kind, at):
+        """The layer of that type whose top has a value, or None."""
+        logits = {top for layer in self.layers
+                  if layer.type == "LargeMarginInnerProduct"
+                  for top in layer.tops}
+
+        def rank(layer):
+            top_k = layer.fields.get("top_k", "1")
+            return (not logits & set(layer.bottoms[:1]),
+                    int(top_k) if top_k.isdecimal() else 1)
+        return min((layer for layer in self.layers if layer.type == kind and
+                    set(layer.tops[at:at + 1]) & set(self.values)),
+                   key=rank, default=None)
+
+    def lambda_layer(self):
+        """The name of the layer that find("lambda") is of, or None."""
+        layer = self._layer(*self._TOPS["lambda"])
+        return layer and layer.name
 
     def descent(self):
         """lambda, by the net's output or else by a layer's line, or None."""
@@ -418,10 +443,9 @@ def write_csv(history, path):
             writer.writerows(rows)
         if not in_place:
             os.replace(part, path)
-    except OSError:
+    finally:
         if not in_place and os.path.exists(part):
             os.remove(part)
-        raise
     return len(rows), len(head)
 
 
@@ -441,7 +465,11 @@ def main():
                         help="what `caffe train` wrote to stderr")
     parser.add_argument("--csv", metavar="FILE", required=True,
                         help="where the table goes")
-    args = parser.parse_args()
+    with user_errors():
+        run(parser.parse_args())
+
+
+def run(args):
     history = read_history(args.log)
     try:
         if not may_write(args.csv):

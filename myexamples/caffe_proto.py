@@ -124,7 +124,7 @@ def read_text(path, message):
         with open(path) as file:
             text_format.Parse(file.read(), message)
     except OSError as error:
-        raise UserError("cannot read %s: %s" % (path, error))
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
     except UnicodeDecodeError:
         raise UserError("%s is no prototxt: it is no text" % path)
     except text_format.ParseError as error:

@@ -7,7 +7,8 @@ FOLDER is one of export_deploy.py's; the net's transform is taken from the
 comments in its deploy.prototxt. An IMAGE is a file of a picture, or an image
 of a file in MNIST's format, counted from 0: t10k-images-idx3-ubyte:7. For
 each a line names the class and its probability (its score where the net does
-not end in a Softmax), and the label where MNIST's labels lie beside the images.
+not end in a Softmax), of each output where there are several, and the label
+where MNIST's labels lie beside the images.
 """
 import argparse
 import contextlib
@@ -19,6 +20,7 @@ from caffe_proto import UserError, user_errors
 
 import numpy as np
 
+import deploy_input
 import idx_file
 from caffe_model import read_bytes, text
 
@@ -36,12 +38,7 @@ def read_transform(prototxt):
     """What the comments at the head of a deploy.prototxt say: arguments for
     blobFromImage, whether the images are gray, and what is done before: the
     (width, height) to resize to and then the crop, each of them or None."""
-    try:
-        with open(prototxt, errors="replace") as file:
-            head = file.read()
-    except OSError as error:
-        raise UserError("cannot read %s: %s" % (prototxt, error))
-    said = dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
+    said = deploy_input.said(prototxt)
 
     def sides(key):
         return tuple(int(side) for side in said[key].split(","))
@@ -95,6 +92,15 @@ def middle(image, crop, name):
     return image[top:top + crop, left:left + crop]
 
 
+def find_outputs(net):
+    """The names of the outputs with a value for each class, of which a net
+    with several losses has several, and what the values are."""
+    names = net.getUnconnectedOutLayersNames()
+    softmax = [name for name in names if
+               net.getLayer(net.getLayerId(name)).type == "Softmax"]
+    return (softmax, "probability") if softmax else (names, "score")
+
+
 @contextlib.contextmanager
 def opencv_errors(cv2, folder):
     """Makes a UserError of OpenCV's."""
@@ -118,9 +124,7 @@ def run(args):
     with opencv_errors(cv2, args.folder):
         net = cv2.dnn.readNetFromCaffe(
             prototxt, os.path.join(args.folder, "deploy.caffemodel"))
-    last = net.getLayerNames()[-1]
-    word = ("probability" if net.getLayer(net.getLayerId(last)).type ==
-            "Softmax" else "score")
+    outputs, word = find_outputs(net)
     for name in args.images:
         image, label = read_image(cv2, name, gray)
         if resize:
@@ -130,14 +134,19 @@ def run(args):
         net.setInput(cv2.dnn.blobFromImage(image, **transform))
         # A net without its weights is found out only here.
         with opencv_errors(cv2, args.folder):
-            made = net.forward()
-        scores = made.ravel()
-        if made.shape[:2] != (1, made.size):
-            raise UserError("'%s' of the net has the shape %s: no score for "
-                            "each class" % (last, text(made.shape)))
-        print("OpenCV %s on %s: class %d (%s %.3f)%s" % (
-            cv2.__version__, os.path.basename(name), scores.argmax(), word,
-            scores.max(), "" if label is None else ", label %d" % label))
+            made = net.forward(outputs)
+        found = []
+        for output, scores in zip(outputs, made):
+            if scores.shape[:2] != (1, scores.size):
+                raise UserError("'%s' of the net has the shape %s: no score "
+                                "for each class" % (output,
+                                                    text(scores.shape)))
+            found.append("%sclass %d (%s %.3f)" % (
+                "%s: " % output if len(outputs) > 1 else "", scores.argmax(),
+                word, scores.max()))
+        print("OpenCV %s on %s: %s%s" % (
+            cv2.__version__, os.path.basename(name), ", ".join(found),
+            "" if label is None else ", label %d" % label))
 
 
 def main():

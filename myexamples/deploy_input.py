@@ -1,5 +1,6 @@
 """What a net's data layer hands over: its shape, its transform, its images."""
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -8,6 +9,22 @@ from caffe_model import read_bytes, read_mean, text
 from caffe_proto import ROOT, UserError
 
 IMAGES = ("Data", "ImageData", "WindowData", "MemoryData")
+
+
+def said(path, name=None):
+    """What the comments in the prototxt at path say of how the input of that
+    name, or the only one, is made (Input.comments wrote them): a dict, empty
+    without them."""
+    try:
+        with open(path, errors="replace") as file:
+            head = file.read()
+    except OSError as error:
+        raise UserError("cannot read %s: %s" % (path, error.strerror))
+    if name is not None:
+        found = re.search(r'(?m)^# Input "%s": .*\n((?:#   .*\n)*)'
+                          % re.escape(name), head)
+        head = found[1] if found else ""
+    return dict(re.findall(r"(?m)^#   (\w+): (.*)$", head))
 
 
 class Input:

@@ -81,9 +81,11 @@ class EarlyWarning:
             count) > 1 else None
 
     def _loss(self, row):
-        """The smoothed loss, or where it is a sum that of the margin."""
+        """The smoothed loss without its weight, or where it is a sum that of
+        the margin."""
         if len(row.losses) <= 1:
-            return row.values["loss"]
+            weights = [weight for _, weight in row.losses.values()]
+            return row.values["loss"] / (weights and weights[0] or 1)
         heads = {layer.tops[0] for layer in self._head.margins()
                  if layer.tops}
         for layer in self._head.layers:

@@ -14,6 +14,7 @@ import numpy as np
 import caffe_model
 import caffe_net
 import caffe_proto
+import deploy_input
 import deploy_net
 from caffe_proto import UserError
 
@@ -152,6 +153,7 @@ class Preprocessing:
             if len(shape) == 4:
                 self.channels = shape[1]
                 self.size = self.crop = tuple(shape[2:])
+                self.take(deploy_input.said(net_path, layer.top[0]), net_path)
         if layer.type == "ImageData":
             data = layer.image_data_param
             self.channels = 3 if data.is_color else 1
@@ -170,6 +172,19 @@ class Preprocessing:
         elif param.mean_value:
             self.mean = np.array(param.mean_value, np.float32)
         return self
+
+    def take(self, said, net_path):
+        """Takes what export_deploy.py has written into its prototxt."""
+        try:
+            self.scale = float(said.get("scalefactor", self.scale))
+            if said.get("mean", "unknown") != "unknown":
+                self.mean = np.array(said["mean"].split(","), np.float32)
+            if "crop" in said:
+                width, height = map(int, said.get("resize", "0,0").split(","))
+                self.size = (height, width) if height else None
+        except ValueError:
+            raise UserError("%s does not say how its input is made: were "
+                            "its comments changed?" % net_path)
 
     def set_mean_file(self, pb, path, *folders):
         """Takes the mean image of a .binaryproto."""

@@ -27,6 +27,7 @@ def save(figure, path):
     try:
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
-        raise UserError("cannot write %s: %s" % (path, error))
+        raise UserError("cannot write %s: %s" % (
+            path, getattr(error, "strerror", None) or error))
     plt.close(figure)
     print("plot: %s" % path)

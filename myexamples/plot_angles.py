@@ -45,8 +45,8 @@ def parse_args():
                         "class weights (default: the LargeMarginInnerProduct "
                         "layer)")
     parser.add_argument("--label", metavar="NAME", help="the blob with the "
-                        "labels (default: the layer's second bottom, or "
-                        "\"label\")")
+                        "labels (default: the second bottom that the layer "
+                        "has in a phase, or \"label\")")
     parser.add_argument("--iterations", metavar="N", type=int, help="batches "
                         "to take (default: test_iter of the solver; %d for a "
                         "net)" % BATCHES)
@@ -110,6 +110,13 @@ def find_layer(pb, net, path, name=None):
                                                        pb.TEST):
             return layer
     raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
+
+
+def find_label(net, layer):
+    """The blob with the labels, which the layer may have in training alone."""
+    return next((other.bottom[1] for other in [layer, *net.layer]
+                 if other.name == layer.name and len(other.bottom) > 1),
+                "label")
 
 
 def check_classes(pb, net, path, layer):
@@ -249,8 +256,7 @@ def run(args):
     iterations = args.iterations or iterations or BATCHES
     layer = find_layer(pb, net, args.net, args.layer)
     check_classes(pb, net, args.net, layer)
-    label = args.label or (layer.bottom[1] if len(layer.bottom) > 1
-                           else "label")
+    label = args.label or find_label(net, layer)
     blobs = [layer.bottom[0], label]
     # The whole layer is kept for its weights.
     cut = features.cut(pb, net, [layer.top[0], *blobs], args.net)

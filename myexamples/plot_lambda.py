@@ -592,7 +592,8 @@ def run(args):
     else:
         title = args.solver
         for descent in descents:
-            descent.name = descent.name.replace(args.solver, descent.layer, 1)
+            for own in ("%s, %s" % (args.solver, descent.layer), args.solver):
+                descent.name = descent.name.replace(own, descent.layer, 1)
     output = args.output or os.path.splitext(args.solver)[0] + (
         "_compare_lambda.png" if compared else "_lambda.png")
     figures.save(draw(descents, title), output)

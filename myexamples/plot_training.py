@@ -40,7 +40,7 @@ def margin_panels(history):
     panels = {"angle (degrees)": [], "norm": [], "margin holds": [],
               "samples in segment": []}
     for layer in layers:
-        head = layer + " " if len(layers) > 1 else ""
+        head = figures.shortened(layer, 24) + " " if len(layers) > 1 else ""
         for label, name, words in (
                 ("angle (degrees)", "angle_p95", "95th percentile"),
                 ("angle (degrees)", "angle_mean", "mean"),
@@ -55,12 +55,20 @@ def margin_panels(history):
     return list(panels.items())
 
 
+def descents(history):
+    """The curves of lambda: of each layer where several log theirs."""
+    layers = history.margins()
+    if len(layers) > 1:
+        return [(layer, history.margin(layer, "lambda")) for layer in layers]
+    return [("lambda", history.descent())]
+
+
 def draw(history, title):
     """A figure with one panel for each of what the log has."""
     panels = [("loss", [("train loss", history.curve("train", "loss")),
                         ("test loss", history.curve("test", "loss"))]),
               ("test accuracy", [("test accuracy", history.accuracies())]),
-              ("lambda", [("lambda", history.descent())])]
+              ("lambda", descents(history))]
     panels += margin_panels(history)
     panels = [(label, [c for c in curves if c[1][0]])
               for label, curves in panels]
@@ -72,7 +80,10 @@ def draw(history, title):
         for name, (iterations, values) in curves:
             marker = "." if name.startswith("test") else None
             axis.plot(iterations, values, label=name, marker=marker)
-        if len(curves) > 1:
+        if len(curves) > 2:
+            # Beside: inside it would hide some of them.
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        elif len(curves) > 1:
             axis.legend()
         else:
             label = curves[0][0] if label == "loss" else label

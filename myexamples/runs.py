@@ -4,6 +4,7 @@ A run that came to its end is kept: run again, only the missing ones train.
 """
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import subprocess
@@ -258,7 +259,9 @@ class Run:
 
     def accuracy(self):
         """The test accuracy after the last iteration."""
-        return self.history().accuracies()[1][-1]
+        value = self.history().accuracies()[1][-1]
+        # Of NaN the tables could make nothing, and such a net is never right.
+        return 0.0 if math.isnan(value) else value
 
 
 class Left:

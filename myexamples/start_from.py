@@ -45,8 +45,9 @@ def parse_args(argv=None):
                         "or .caffemodel.h5")
     parser.add_argument("--net", metavar="NET", required=True,
                         help="prototxt of the net with margin")
-    parser.add_argument("--solver", metavar="SOLVER", help="its solver, for "
-                        "the learning rate")
+    parser.add_argument("--solver", metavar="SOLVER", help="NET's solver "
+                        "or the softmax model's, for the learning rate that "
+                        "a training from scratch has")
     parser.add_argument("--shape", metavar="[BLOB=]DIMS", action="append",
                         default=[], help="shape of the input, as 3,32,32, "
                         "where the data layer does not tell it")
@@ -181,11 +182,20 @@ def advise(pb, graph, args):
     if args.solver:
         solver = caffe_proto.read_text(args.solver, pb.SolverParameter())
         caffe_proto.check_solver(solver, args.solver)
-        print("start the solver with base_lr: %g, a tenth of its %g"
-              % (RATE * solver.base_lr, solver.base_lr))
+        print("start the solver with base_lr: %g, a tenth of the %g of %s"
+              % (RATE * solver.base_lr, solver.base_lr, args.solver))
     else:
         print("start the solver with a tenth of the base_lr that the softmax "
               "net began with")
+
+
+def trains(pb, solver, net):
+    """Whether a solver, or None, trains the net of that file."""
+    if not solver:
+        return False
+    param = caffe_proto.read_text(solver, pb.SolverParameter())
+    path = caffe_proto.found(param.net or param.train_net or " ")
+    return path is not None and os.path.samefile(path, net)
 
 
 def read_transposed(pb, path):
@@ -262,7 +272,8 @@ def run(caffe, pb, args):
         model = args.output
         print("made %s" % model)
     print("train with: caffe train --solver=%s --weights=%s"
-          % (args.solver or "SOLVER", model))
+          % (args.solver if trains(pb, args.solver, args.net) else "SOLVER",
+             model))
 
 
 def main():

@@ -18,8 +18,9 @@ its pairsDev*.txt, or a list of lines PATH PATH 1 (same) or PATH PATH 0
 (different); paths with spaces are set apart by tabs.
 
 NET is the net's prototxt, for training or for deployment. Its images go
-through what its data layer in the TEST phase says (mean, scale, crop), which
-the options replace; a deploy net says nothing of mean and scale.
+through what its data layer in the TEST phase says (mean, scale, crop), or what
+export_deploy.py wrote into its net's comments; the options replace that. Other
+deploy nets say nothing of mean and scale.
 """
 import argparse
 import math

@@ -100,6 +100,9 @@ class Table:
     def line(self, iteration, train):
         """Prints one line; train is None after the last iteration."""
         margins = list(train.margins.items()) if train else []
+        # First the layer that the column of lambda is of.
+        shown = train and train.lambda_layer()
+        margins.sort(key=lambda item: item[0] != shown)
         self.head(margins)
         test = self.tested
         self.tested = None

@@ -1,11 +1,10 @@
 //! News of kernels.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{result, sys};
 
-use super::failed;
+use super::{Context, failed};
 use crate::error::Result;
 
 /// A word of host memory that kernels write and the host reads without waiting
@@ -13,8 +12,8 @@ use crate::error::Result;
 #[derive(Debug)]
 pub struct Mailbox {
     word: *mut u64,
-    /// Of the device whose kernels write to it.
-    context: Arc<CudaContext>,
+    /// Of the kernels that write to it.
+    context: Context,
 }
 
 // SAFETY: the word belongs to the one Mailbox and is freed with it; CUDA's
@@ -27,11 +26,11 @@ impl Mailbox {
     /// What an empty mailbox holds.
     const EMPTY: u64 = u64::MAX;
 
-    /// An empty mailbox for the kernels of one device.
+    /// An empty mailbox for the kernels of a context, which is current.
     ///
     /// # Errors
     /// CUDA's.
-    pub(super) fn new(context: Arc<CudaContext>) -> Result<Self> {
+    pub(super) fn new(context: Context) -> Result<Self> {
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: a plain allocation; the word is written before it is read.
         let word = unsafe { result::malloc_host(size_of::<u64>(), flags) }
@@ -63,12 +62,12 @@ impl Mailbox {
     pub fn wait(&self) -> Result<()> {
         let wait = || {
             let before = result::ctx::get_current()?;
-            self.context.bind_to_thread()?;
+            // SAFETY: a context that is gone is refused.
+            unsafe { result::ctx::set_current(self.context.0) }?;
             // SAFETY: the null stream is the legacy default stream of the
             // current context.
             let done = unsafe { result::stream::synchronize(std::ptr::null_mut()) };
-            // SAFETY: it was current a moment ago, and primary contexts live as
-            // long as the process.
+            // SAFETY: it was current a moment ago.
             unsafe { result::ctx::set_current(before.unwrap_or(std::ptr::null_mut())) }?;
             done
         };

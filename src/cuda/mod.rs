@@ -1,39 +1,66 @@
 //! Devices, kernels and launches over CUDA's driver API.
 //!
-//! Caffe talks to the GPU through the CUDA runtime. Its primary context and
-//! its legacy default stream are used here too, so a kernel of ours runs
-//! between Caffe's own in the order of the calls, and Caffe's device pointers
-//! are ours. The driver library is opened when the first layer asks for a
-//! device: a build with CUDA runs its CPU mode on a machine without a driver.
+//! Caffe talks to the GPU through the CUDA runtime, which works in the context
+//! that is current in a thread: a device's primary one or, where another library
+//! of the program (PyCUDA, TensorRT) has made one, that. The same context and its
+//! legacy default stream are used here too, so a kernel of ours runs between
+//! Caffe's own in the order of the calls, and Caffe's device pointers are ours.
+//! The driver library is opened when the first layer asks for a device: a build
+//! with CUDA runs its CPU mode on a machine without a driver.
 
 pub mod layout;
 mod mailbox;
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ffi::{CString, c_void};
+use std::sync::{Mutex, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, DriverError, result, sys};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{DriverError, result, sys};
 
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 pub use mailbox::Mailbox;
 
-/// The kernels of a layer, loaded on a GPU.
-#[derive(Debug, Clone)]
-pub struct Kernels {
-    module: Arc<CudaModule>,
-    context: Arc<CudaContext>,
+/// A context of the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Context(sys::CUcontext);
+
+// SAFETY: a handle, which any thread may give to the driver.
+unsafe impl Send for Context {}
+
+impl Context {
+    /// That of this thread.
+    fn current() -> Result<Self> {
+        result::ctx::get_current()
+            .map_err(|e| failed("find the current context", e))?
+            .map(Context)
+            .ok_or_else(|| {
+                // Caffe has one, so that is what the runtime's library knows.
+                Error::new(
+                    "CUDA: cannot find the context of Caffe: the driver library libcuda.so \
+                     knows of none in this thread; is it the driver's own?",
+                )
+            })
+    }
 }
 
-/// What is loaded, by the device's number and the image's address. Modules are
-/// never unloaded: Caffe's contexts live as long as the process.
-static LOADED: Mutex<BTreeMap<(i32, usize), Kernels>> = Mutex::new(BTreeMap::new());
+/// The kernels of a layer, loaded into a context.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels {
+    module: sys::CUmodule,
+    context: Context,
+}
+
+// SAFETY: handles, which any thread may give to the driver.
+unsafe impl Send for Kernels {}
+
+/// What is loaded, by the context and the image's address. Modules are never
+/// unloaded: Caffe's contexts live as long as the process.
+static LOADED: Mutex<BTreeMap<(Context, usize), Kernels>> = Mutex::new(BTreeMap::new());
 
 impl Kernels {
-    /// Those of `image`, on the device that this thread's CUDA context is of,
-    /// which is the one that `Caffe::SetDevice` chose.
+    /// Those of `image`, in this thread's context: on the device that
+    /// `Caffe::SetDevice` chose.
     ///
     /// # Errors
     /// No CUDA driver, no context yet, or kernels that the device cannot run.
@@ -46,29 +73,23 @@ impl Kernels {
             ));
         }
         result::init().map_err(|e| failed("start the CUDA driver", e))?;
-        let mut number = -1;
-        // SAFETY: number outlives the call, which only writes to it.
-        unsafe { sys::cuCtxGetDevice(&mut number) }
-            .result()
-            .map_err(|e| failed("find the current device", e))?;
-
+        let context = Context::current()?;
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (number, image.as_ptr() as usize);
+        let key = (context, image.as_ptr() as usize);
         if let Some(kernels) = loaded.get(&key) {
-            return Ok(kernels.clone());
+            return Ok(*kernels);
         }
-        let context = CudaContext::new(number as usize)
-            .map_err(|e| failed("use the primary context of the device", e))?;
-        let module = context
-            .load_module(Ptx::from_binary(image.to_vec()))
-            .map_err(|e| {
-                failed(
-                    "load the kernels; was Caffe built for this GPU's architecture?",
-                    e,
-                )
-            })?;
+        // A copy is aligned, as the compiler's sections of them are.
+        let copy = image.to_vec();
+        // SAFETY: a whole fat binary, which the driver copies.
+        let module = unsafe { result::module::load_data(copy.as_ptr().cast()) }.map_err(|e| {
+            failed(
+                "load the kernels; was Caffe built for this GPU's architecture?",
+                e,
+            )
+        })?;
         let kernels = Kernels { module, context };
-        loaded.insert(key, kernels.clone());
+        loaded.insert(key, kernels);
         Ok(kernels)
     }
 
@@ -78,8 +99,9 @@ impl Kernels {
     /// There is none.
     pub fn get<T: DeviceDtype>(&self, name: &str) -> Result<Kernel> {
         let name = format!("{name}_{}", T::SUFFIX);
-        self.module
-            .load_function(&name)
+        let symbol = CString::new(name.as_str()).expect("names of kernels have no NUL");
+        // SAFETY: modules are never unloaded.
+        unsafe { result::module::get_function(self.module, symbol) }
             .map(Kernel)
             .map_err(|e| failed(&format!("find the kernel {name}"), e))
     }
@@ -89,13 +111,18 @@ impl Kernels {
     /// # Errors
     /// CUDA's.
     pub fn mailbox(&self) -> Result<Mailbox> {
-        Mailbox::new(self.context.clone())
+        Mailbox::new(self.context)
     }
 }
 
 /// A kernel, ready to launch.
-#[derive(Debug, Clone)]
-pub struct Kernel(CudaFunction);
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel(sys::CUfunction);
+
+// SAFETY: a handle, which any thread may give to the driver.
+unsafe impl Send for Kernel {}
+// SAFETY: the same.
+unsafe impl Sync for Kernel {}
 
 impl Kernel {
     /// Launches on the legacy default stream, without waiting for it.
@@ -116,7 +143,7 @@ impl Kernel {
         // the legacy default stream.
         unsafe {
             result::launch_kernel(
-                self.0.cu_function(),
+                self.0,
                 (grid.0, grid.1, 1),
                 (threads, 1, 1),
                 0,

@@ -457,14 +457,13 @@ impl LargeMarginInnerProduct {
     /// batch: no later call would.
     ///
     /// # Errors
-    /// A bad label. Where the device cannot be waited for, what is known by now
-    /// counts: at the process's end the driver may be gone.
+    /// A bad label. None where the device cannot be waited for: at the process's
+    /// end, or after a reset, it may be gone, and the mailbox's memory with it.
     pub fn finish(&self) -> Result<()> {
-        let Some(state) = &self.gpu else {
-            return Ok(());
-        };
-        let _ = state.bad_label.wait();
-        self.report_bad_label()
+        match &self.gpu {
+            Some(state) if state.bad_label.wait().is_ok() => self.report_bad_label(),
+            _ => Ok(()),
+        }
     }
 
     fn report_bad_label(&self) -> Result<()> {

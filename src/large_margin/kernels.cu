@@ -607,7 +607,12 @@ static __device__ Key LeastKey(int of_class) {
   return Key(static_cast<unsigned>(of_class)) << 32;
 }
 
-// What a block knows of its places: a sample each, in the order of the keys.
+// Where a chunk leaves the sums of classes that it shares with others: of the
+// one that began before it, and of the one that begins in it and goes on.
+enum { kBegun = 0, kBegins = 1, kShared = 2 };
+
+// What a block knows of its places, a sample each in the order of the keys, and
+// of its chunks: which ones share their classes.
 template <typename Dtype>
 struct Places {
   int classes[PLACES];
@@ -615,6 +620,7 @@ struct Places {
   Dtype of_x[PLACES];      // g a
   double terms[PLACES];    // g b |x|
   double inverses[PLACES];  // 1 / |w|
+  Range ranges[PLACES / LOADS][kShared];
 };
 
 // The block's, whatever its loads are.
@@ -649,10 +655,6 @@ struct ClassSum {
   }
 };
 
-// Where a chunk leaves the sums of classes that it shares with others: of the
-// one that began before it, and of the one that begins in it and goes on.
-enum { kBegun = 0, kBegins = 1, kShared = 2 };
-
 // Some columns of the rows of dW to which a block adds.
 //
 // partials, partial_terms and counters have room for each chunk, by columns of
@@ -676,18 +678,10 @@ struct ClassAdder {
 
   __device__ void Add() const {
     ReadPlaces();
-    // Before and behind the thread's chunk.
-    const int first = (FirstChunk() + Own()) * cut.places;
-    const int before = first == 0 ? NO_CLASS
-        : ClassOf(KeyAt(keys, num_samples, first - 1));
-    const int behind = ClassOf(KeyAt(keys, num_samples, first + cut.places));
+    FindShared();
     __syncthreads();
-    AddChunk(before, behind);
-    const int head = ClassAt(Own(), kBegun), tail = ClassAt(Own(), kBegins);
-    const bool begun = head != NO_CLASS && head == before;
-    const bool begins =
-        tail != NO_CLASS && tail == behind && !(begun && head == tail);
-    if (__syncthreads_or(begun || begins)) { AddShared(begun, begins); }
+    AddChunk();
+    if (__syncthreads_or(Shares(kBegun) || Shares(kBegins))) { AddShared(); }
   }
 
  private:
@@ -703,12 +697,8 @@ struct ClassAdder {
   }
   // The thread's chunk among the block's.
   __device__ int Own() const { return threadIdx.x / cut.lanes; }
-  // The class that a chunk of the block may share with those before or behind.
-  __device__ int PlaceOf(int chunk, int slot) const {
-    return chunk * cut.places + (slot == kBegun ? 0 : cut.places - 1);
-  }
-  __device__ int ClassAt(int chunk, int slot) const {
-    return At().classes[PlaceOf(chunk, slot)];
+  __device__ bool Shares(int slot) const {
+    return At().ranges[Own()][slot].last >= 0;
   }
   __device__ size_t Row(size_t number) const {
     return number * num_features + static_cast<size_t>(Column()) * V;
@@ -725,6 +715,49 @@ struct ClassAdder {
   }
   __device__ double& Terms(size_t slot) const {
     return partial_terms[slot * cut.columns + Columns()];
+  }
+
+  __device__ int ClassAt(int place) const {
+    return place < 0 ? NO_CLASS : ClassOf(KeyAt(keys, num_samples, place));
+  }
+  // How many of the next WARP chunks have a class, too: a lane looks at each,
+  // at its nearest place, from `place` on and `step` apart. By a warp.
+  __device__ int CountNext(int of_class, int place, int step) const {
+    const int y = ClassAt(place + static_cast<int>(threadIdx.x % WARP) * step);
+    return __popc(
+        __ballot_sync(FULL_MASK, of_class != NO_CLASS && y == of_class));
+  }
+
+  // Finds the chunks that share the class in which one of the block's begins
+  // or ends, a chunk a warp. It starts with the last warps, as ReadPlaces keeps
+  // the first ones waiting.
+  __device__ void FindShared() const {
+    const int warp = (THREADS - 1 - threadIdx.x) / WARP;
+    for (int i = warp; i < cut.Chunks(); i += THREADS / WARP) {
+      const int chunk = FirstChunk() + i;
+      const int begin = chunk * cut.places, end = begin + cut.places;
+      const int head = ClassAt(begin), tail = ClassAt(end - 1);
+      const int before = CountNext(head, begin - 1, -cut.places);
+      const int behind = CountNext(tail, end, cut.places);
+      Range begun = {chunk - before, chunk}, begins = {chunk, chunk + behind};
+      if (before == WARP) {
+        const int first = LowerBound(keys, 0, begin, LeastKey(head));
+        begun.first = first / cut.places;
+      }
+      if (behind == WARP) {
+        const int past = LowerBound(keys, end, num_samples, LeastKey(tail + 1));
+        begins.last = (past - 1) / cut.places;
+      }
+      const bool is_one = head == tail;
+      if (is_one) { begun.last = begins.last; }
+      if (threadIdx.x % WARP != 0) { continue; }
+      const Range none = {chunk, -1};
+      Range* const ranges = At().ranges[i];
+      ranges[kBegun] = before != 0 ? begun : none;
+      // That of a class with all of the chunk is already there.
+      ranges[kBegins] =
+          behind != 0 && !(is_one && before != 0) ? begins : none;
+    }
   }
 
   // The scalars of the block's places, one a thread.
@@ -751,11 +784,12 @@ struct ClassAdder {
 
   // The thread's columns of its chunk: to dW the sums of classes that the chunk
   // has alone, to the partials those of others.
-  __device__ void AddChunk(int before, int behind) const {
+  __device__ void AddChunk() const {
     const Places<Dtype>& at = At();
     const int begin = Own() * cut.places;
     const int last = begin + cut.places - 1;
-    const int head = at.classes[begin];
+    const int begun = Shares(kBegun) ? at.classes[begin] : NO_CLASS;
+    const int begins = Shares(kBegins) ? at.classes[last] : NO_CLASS;
     ClassSum<Dtype, V> sum = {};
     for (int from = begin; from <= last; from += LOADS) {
       Values xs[LOADS], ws[LOADS], sums[LOADS];
@@ -764,8 +798,7 @@ struct ClassAdder {
         const int i = from + j;
         const int y = at.classes[i];
         ends[j] = y != NO_CLASS && (i == last || at.classes[i + 1] != y);
-        is_whole[j] = ends[j] && !(y == head && y == before)
-            && !(i == last && y == behind);
+        is_whole[j] = ends[j] && y != begun && y != begins;
         xs[j] = ws[j] = sums[j] = Values();
         if (HasColumn() && at.of_x[i] != 0) { xs[j] = Of(x, at.samples[i]); }
         if (HasColumn() && is_whole[j]) {
@@ -785,8 +818,8 @@ struct ClassAdder {
           Of(dw, y) = sum.AddTo(sums[j], ws[j], at.inverses[i],
               coefficients[at.samples[i]]);
         } else if (!is_whole[j]) {
-          const size_t slot = Slot(FirstChunk() + Own(),
-              y == head && y == before ? kBegun : kBegins);
+          const size_t slot =
+              Slot(FirstChunk() + Own(), y == begun ? kBegun : kBegins);
           if (HasColumn()) { Of(partials, slot) = sum.of_x; }
           if (Rank(cut.lanes) == 0) { Terms(slot) = sum.terms; }
         }
@@ -795,29 +828,17 @@ struct ClassAdder {
     }
   }
 
-  // The chunks that share a class of one of the block's, if all others are
-  // done; else, and in all lanes but the first, nothing. By a warp.
-  __device__ Range Arrive(int chunk, int slot) const {
-    const int y = ClassAt(chunk, slot);
-    Range range = {FirstChunk() + chunk, -1};
-    const int here = range.first * cut.places;
-    if (slot == kBegun) {
-      range.first = LowerBound(keys, 0, here, LeastKey(y)) / cut.places;
-    }
-    const int last =
-        (LowerBound(keys, here, num_samples, LeastKey(y + 1)) - 1) / cut.places;
-    if (threadIdx.x % WARP != 0) { return range; }
+  // Whether all others of the chunks that share a class are done.
+  __device__ bool ArrivesLast(const Range& range) const {
     int* const counter = counters
         + static_cast<size_t>(range.first) * cut.columns + Columns();
     // What the block has written is seen before its arrival, and what the
     // others have written behind theirs.
     __threadfence();
-    if (atomicAdd(counter, 1) == last - range.first) {
-      atomicExch(counter, 0);
-      __threadfence();
-      range.last = last;
-    }
-    return range;
+    if (atomicAdd(counter, 1) != range.last - range.first) { return false; }
+    atomicExch(counter, 0);
+    __threadfence();
+    return true;
   }
 
   // The thread's columns of the sums that some of the chunks have left: each as
@@ -848,40 +869,38 @@ struct ClassAdder {
 
   // Arrives for the classes that the block's chunks share, and adds to dW what
   // all chunks have left where the block is the last of them.
-  __device__ void AddShared(bool begun, bool begins) const {
-    __shared__ bool is_shared[PLACES / LOADS][kShared];
-    __shared__ Range ranges[PLACES / LOADS][kShared];
+  __device__ void AddShared() const {
     __shared__ Values of_x[THREADS];
     __shared__ double terms[THREADS];
     const int slots = cut.Chunks() * kShared;
-    if (Rank(cut.lanes) == 0) {
-      is_shared[Own()][kBegun] = begun;
-      is_shared[Own()][kBegins] = begins;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x / WARP; i < slots; i += THREADS / WARP) {
-      const int chunk = i / kShared, slot = i % kShared;
-      Range range = {0, -1};
-      if (is_shared[chunk][slot]) { range = Arrive(chunk, slot); }
-      if (threadIdx.x % WARP == 0) { ranges[chunk][slot] = range; }
+    Range* const ranges = At().ranges[0];
+    for (int i = threadIdx.x; i < slots; i += THREADS) {
+      if (ranges[i].last >= 0 && !ArrivesLast(ranges[i])) {
+        ranges[i].last = -1;
+      }
     }
     __syncthreads();
     for (int i = 0; i < slots; ++i) {
+      const Range range = ranges[i];
+      if (range.last < 0) { continue; }
       const int chunk = i / kShared, slot = i % kShared;
-      if (ranges[chunk][slot].last < 0) { continue; }
-      ClassSum<Dtype, V> sum = SumOfOwn(ranges[chunk][slot]);
+      const int place =
+          chunk * cut.places + (slot == kBegun ? 0 : cut.places - 1);
+      const int y = At().classes[place];
+      const bool adds = Own() == 0 && HasColumn();
+      const Values w_row = adds ? Of(w, y) : Values();
+      const Values dw_row = adds ? Of(dw, y) : Values();
+      ClassSum<Dtype, V> sum = SumOfOwn(range);
       of_x[threadIdx.x] = sum.of_x;
       terms[threadIdx.x] = sum.terms;
       __syncthreads();
-      if (Own() == 0 && HasColumn()) {
+      if (adds) {
         for (int other = 1; other < cut.Chunks(); ++other) {
           const int thread = other * cut.lanes + threadIdx.x;
           for (int k = 0; k < V; ++k) { sum.of_x.v[k] += of_x[thread].v[k]; }
           sum.terms += terms[thread];
         }
-        const int place = PlaceOf(chunk, slot);
-        const int y = At().classes[place];
-        Of(dw, y) = sum.AddTo(Of(dw, y), Of(w, y), At().inverses[place],
+        Of(dw, y) = sum.AddTo(dw_row, w_row, At().inverses[place],
             coefficients[At().samples[place]]);
       }
       __syncthreads();  // before the sums of the next class

@@ -17,7 +17,6 @@
 using CUresult = int;
 using CUdevice = int;
 using CUdeviceptr = unsigned long long;
-using CUdevice_attribute = int;
 using CUcontext = struct Context*;
 using CUmodule = struct Module*;
 using CUfunction = struct KernelHandle*;
@@ -28,7 +27,8 @@ namespace {
 constexpr CUresult CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1,
     CUDA_ERROR_NOT_INITIALIZED = 3, CUDA_ERROR_INVALID_DEVICE = 101,
     CUDA_ERROR_INVALID_IMAGE = 200, CUDA_ERROR_INVALID_CONTEXT = 201,
-    CUDA_ERROR_INVALID_HANDLE = 400, CUDA_ERROR_NOT_FOUND = 500;
+    CUDA_ERROR_INVALID_HANDLE = 400, CUDA_ERROR_NOT_FOUND = 500,
+    CUDA_ERROR_CONTEXT_IS_DESTROYED = 709;
 constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
 
 constexpr int kDevices = 32;
@@ -43,7 +43,7 @@ struct State {
   bool started = false;
   std::string log;
   std::map<std::string, int> failures;
-  int retained[kDevices] = {};
+  bool reset = false;
   std::deque<standin::Bound> queues[kDevices];
   std::map<void*, size_t> host_memory;
   std::deque<Function> functions;
@@ -62,12 +62,15 @@ std::map<std::string, standin::Binder>& Kernels() {
 
 thread_local CUcontext current = nullptr;
 
-// A context stands for its device's number, a module for its context.
-CUcontext ContextOf(CUdevice device) {
-  return reinterpret_cast<CUcontext>(static_cast<intptr_t>(device) + 1);
+// A context stands for its device's number, a module for its context. Beside
+// its primary context a device has one that a library may have made.
+CUcontext ContextOf(CUdevice device, bool primary = true) {
+  return reinterpret_cast<CUcontext>(
+      static_cast<intptr_t>(device) + 1 + (primary ? 0 : kDevices));
 }
 CUdevice DeviceOf(CUcontext context) {
-  return static_cast<CUdevice>(reinterpret_cast<intptr_t>(context)) - 1;
+  return static_cast<CUdevice>(
+      (reinterpret_cast<intptr_t>(context) - 1) % kDevices);
 }
 
 // The work of the current context's device.
@@ -113,34 +116,23 @@ CUresult cuInit(unsigned flags) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  CALL();
-  REFUSE_IF(ordinal < 0 || ordinal >= kDevices, CUDA_ERROR_INVALID_DEVICE);
-  *device = ordinal;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
-  CALL();
-  *value = 1;
-  return CUDA_SUCCESS;
-}
-
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   CALL();
-  ++Standin().retained[device];
+  REFUSE_IF(device < 0 || device >= kDevices, CUDA_ERROR_INVALID_DEVICE);
   *context = ContextOf(device);
   return CUDA_SUCCESS;
 }
 
-CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+CUresult cuCtxCreate_v2(CUcontext* context, unsigned, CUdevice device) {
   CALL();
-  REFUSE_IF(Standin().retained[device]-- <= 0, CUDA_ERROR_INVALID_CONTEXT);
+  REFUSE_IF(device < 0 || device >= kDevices, CUDA_ERROR_INVALID_DEVICE);
+  *context = current = ContextOf(device, false);
   return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) {
   CALL();
+  REFUSE_IF(Standin().reset && context, CUDA_ERROR_CONTEXT_IS_DESTROYED);
   current = context;
   return CUDA_SUCCESS;
 }
@@ -151,13 +143,6 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxGetDevice(CUdevice* device) {
-  CALL();
-  REFUSE_IF(!current, CUDA_ERROR_INVALID_CONTEXT);
-  *device = DeviceOf(current);
-  return CUDA_SUCCESS;
-}
-
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   CALL();
   REFUSE_IF(!current, CUDA_ERROR_INVALID_CONTEXT);
@@ -165,11 +150,6 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   memcpy(&magic, image, sizeof(magic));
   REFUSE_IF(magic != 0xba55ed50, CUDA_ERROR_INVALID_IMAGE);  // a fat binary
   *module = reinterpret_cast<CUmodule>(current);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuModuleUnload(CUmodule) {
-  CALL();
   return CUDA_SUCCESS;
 }
 
@@ -288,6 +268,14 @@ void standin_clear_log() {
 void standin_fail(const char* function, int code) {
   const std::lock_guard<std::mutex> lock(Standin().mutex);
   Standin().failures[function] = code;
+}
+
+void standin_reset(bool reset) {
+  const std::lock_guard<std::mutex> lock(Standin().mutex);
+  State& state = Standin();
+  state.reset = reset;
+  for (const auto& memory : state.host_memory) { free(memory.first); }
+  state.host_memory.clear();
 }
 
 size_t standin_host_bytes() {

@@ -22,6 +22,9 @@ const char* standin_log();
 void standin_clear_log();
 // Lets the next call of a driver function fail with a CUresult.
 void standin_fail(const char* function, int code);
+// Does what cudaDeviceReset does, on every device: contexts are gone, and host
+// memory of theirs; or lets the contexts be there again.
+void standin_reset(bool reset);
 // Bytes of host memory allocated and not freed.
 size_t standin_host_bytes();
 

@@ -111,6 +111,9 @@ import os, sys
 values = {"name": "Stand-in 9000", "driver_version": "580.1",
           "memory.total": "81559", "clocks.sm": "1980", "clocks.mem": "2619"}
 fields = [a for a in sys.argv if a.startswith("--query-gpu=")][0][12:]
+if fields == "memory.used":
+    print(open(os.environ["STATE"] + "/used").read())
+    sys.exit()
 if "clocks.sm" in fields.split(","):
     open(os.environ["STATE"] + "/clocks", "w").close()
 print(", ".join(values.get(f, "[N/A]") for f in fields.split(",")))
@@ -162,6 +165,7 @@ class Bundle:
             program(self.root / "bin" / name, text)
         program(self.tools / "nvidia-smi", SMI)
         self.device()
+        self.write("used", "400\n")
         self.write("rate", "5000")
         self.write("accuracy", "0.9969")
         self.times()
@@ -181,9 +185,10 @@ class Bundle:
     def write(self, name, text):
         (self.state / name).write_text(text)
 
-    def device(self, name="Stand-in 9000"):
+    def device(self, name="Stand-in 9000", capability="9.0"):
         self.write("device", json.dumps({
-            "name": name, "capability": "9.0", "cuda": "13.0", "cudnn": True}))
+            "name": name, "capability": capability, "cuda": "13.0",
+            "cudnn": True}))
 
     def times(self, **fields):
         self.write("times", json.dumps({**TIMES, **fields}))

@@ -136,6 +136,23 @@ def test_resize_and_crop_like_caffe(tmp_path, pb, caffe):
             probabilities.argmax(), probabilities.max()) in line
 
 
+def test_nets_with_several_losses(folder, tmp_path):
+    """OpenCV's own forward() gives the last one, whichever that is."""
+    net = folder / "deploy.prototxt"
+    text = net.read_text()
+    head = layer("Power", "less", "f", extra="power_param { scale: -1 }")
+    net.write_text(text + head + layer("Softmax", "aux", "less"))
+    path = picture(tmp_path / "a.png", 3)
+    status, out = classify(folder, path)
+    assert status == 0 and re.search(
+        r"a.png: prob: class 3 \(probability 0\.\d+\), aux: class [012] "
+        r"\(probability 0\.\d+\)$", out)
+    # An output that is no probability is none of a class.
+    net.write_text(text + head)
+    status, out = classify(folder, path)
+    assert status == 0 and re.search(r"a.png: class 3 \(probability", out)
+
+
 @pytest.fixture
 def mnist(tmp_path):
     pixels = np.zeros((2, 4, 4), np.uint8)

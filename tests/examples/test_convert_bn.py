@@ -185,6 +185,21 @@ def test_four_axes(models):
          models.outputs("inverse-std", back))
 
 
+def test_one_channel(tmp_path, pb, caffe):
+    """numpy makes a scalar of one number easily, which is no blob of Caffe."""
+    made = Models(tmp_path, pb, caffe)
+    one = conv("c", "data", "num_output: 1 kernel_size: 3")
+    made.suffix, data = ".caffemodel", image(*SHAPE, label=False)
+    made.nets = {"inverse-std": "\n".join([data, one, *LAYERS[1:]]),
+                 "batchnorm-scale": "\n".join([data, one, *TWIN[1:]])}
+    made.first = made.path("first")
+    text = made.nets["inverse-std"]
+    tools.save(caffe, text, made.random(text), made.first)
+    same(made.outputs("inverse-std", made.first),
+         made.outputs("batchnorm-scale",
+                      made.convert("inverse-std", "batchnorm-scale")))
+
+
 def test_reading_the_other_dialect_matters(binary):
     """What the tool is for: wrong numbers without a word."""
     other = binary.convert("inverse-std", "variance")

@@ -225,6 +225,15 @@ def test_the_loss_of_the_margin_where_there_are_several():
     assert alarms == []
 
 
+def test_a_loss_without_its_weight():
+    early = EarlyWarning(margin_head())
+    for i in range(6):
+        row = Row("train", 100 * i)
+        # A tenth of what the log says: far from that of guessing.
+        row.values, row.losses = {"loss": 2.3}, {"loss": (0.23, 10)}
+        assert early.add(row) == []
+
+
 def test_a_log_without_its_head_is_judged_by_what_it_has():
     assert kinds([2.3] * 9, FALLING, head=Head()) == []
     assert kinds([2.3, math.nan], head=Head()) == [("saturated", 1)]

@@ -107,6 +107,10 @@ NOT_FOLDED = {
     "after a concatenation": [
         conv("c", "data"), conv("d", "data"), layer("Concat", "cat", "c d"),
         bn("b", "cat")],
+    # Of one number numpy makes a scalar easily, which is no blob of Caffe.
+    "one channel": [
+        conv("c", "data", "num_output: 1 kernel_size: 3"),
+        layer("Sigmoid", "s", "c"), bn("b", "s")],
     "channels are not the outputs": [
         inner("ip1", "data", "num_output: 5 axis: 2"), bn("b", "ip1")],
     "channels are not the outputs, counted from the end": [

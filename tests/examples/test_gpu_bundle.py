@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import time
 
@@ -64,13 +65,14 @@ def test_rehearsal_on_the_cpu(tree, caffe_root, tmp_path):
         assert done.returncode == status, done.stdout
         return done.stdout
 
-    run("tests", "BNLayerTest/0", "parity bn", "training")
+    run("tests", "BNLayerTest/0", "parity bn", "repeat", "training")
     run("benchmark")
     text = run("paper", "mnist")
     assert "done: 4 passed" in last_line(text)
     found = json.loads((out / "results.json").read_text())
     assert found["rehearsal"]
     assert found["tests"]["gtest BNLayerTest/0"]["status"] == "passed"
+    assert found["tests"]["repeat margin float"]["status"] == "passed"
     assert found["tests"]["training"]["status"] == "passed"
     assert {row["status"] for name, row in found["benchmark"].items()
             if "cuDNN" not in name} == {"passed"}
@@ -313,15 +315,24 @@ def test_ncu(bundle):
     assert "| ncu bn 128 64 28 28 | bn_normalize_f32 | 2 |" in text
 
 
-@pytest.mark.parametrize("words, status, outcome", [
-    ("========= Error: Device not supported.", 1, "skipped"),
-    ("Internal: pools are not supported\nInvalid __global__ write of size 4",
-     9, "failed"),
-    ("Internal: pools are not supported", 0, "passed")])
-def test_what_the_sanitizer_says(bundle, words, status, outcome):
+def test_ncu_that_may_not_count(bundle):
+    program(bundle.tools / "ncu", "import sys\nsys.exit('==ERROR== "
+            "ERR_NVGPUCTRPERM - The user does not have permission')")
+    out = bundle.run("profile", "28 28")
+    assert "lets root alone count" in out and "done: 1 skipped" in out
+
+
+@pytest.mark.parametrize("tool, words, status, outcome", [
+    ("memcheck", "========= Error: Device not supported.", 1, "skipped"),
+    ("memcheck", "Internal: pools are not supported\nInvalid __global__ write "
+     "of size 4", 9, "failed"),
+    ("memcheck", "Internal: pools are not supported", 0, "passed"),
+    ("synccheck", "Barrier error at large_margin_backward_f32", 9, "failed"),
+    ("synccheck", "Barrier error at gemm_kernel", 9, "passed")])
+def test_what_the_sanitizer_says(bundle, tool, words, status, outcome):
     program(bundle.tools / "compute-sanitizer",
             "import sys\nprint(%r)\nsys.exit(%d)\n" % (words, status))
-    bundle.run("tests", "memcheck margin float",
+    bundle.run("tests", tool + " margin float",
                status=1 if outcome == "failed" else 0)
     found, = bundle.found()["tests"].values()
     assert found["status"] == outcome
@@ -360,7 +371,16 @@ def test_library_that_is_missing(bundle):
     bundle.write_bundle(libraries=["libcublas.so.13", "libcudnn.so.99"])
     out = bundle.run(status=1)
     assert "Caffe needs libcudnn.so.99, which this machine does not" in out
-    assert "pip install" in out
+    assert "pip install" in out and "--no-cudnn" in out
+    bundle.write_bundle(libraries=["libcublas.so.99", "libcudnn.so.9"])
+    assert "--no-cudnn" not in bundle.run(status=1)
+
+
+def test_another_processor(bundle):
+    (bundle.root / "bin/caffe").write_bytes(b"\x7fELF\2\1\1" + bytes(60))
+    out = bundle.run(status=1)
+    assert "Caffe does not start on this machine (" in out
+    assert "format error" in out
 
 
 def test_no_driver(bundle):
@@ -370,6 +390,114 @@ def test_no_driver(bundle):
     assert "no NVIDIA driver" in out and len(out.splitlines()) == 1
 
 
+def make_driver(folder, version, status=0):
+    """A libcuda.so.1 that is for a version of CUDA."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-",
+         "-o", folder / "libcuda.so.1"], check=True, text=True,
+        input="int cuDriverGetVersion(int* v) { *v = %d; return %d; }"
+        % (version, status))
+
+
+def test_driver_that_is_too_old(bundle):
+    """Said before anything is asked of a library that is missing."""
+    bundle.write_bundle(libraries=["libcublas.so.13", "libcudnn.so.99"])
+    make_driver(bundle.driver, 12080)
+    out = bundle.run(status=1)
+    assert "driver is for CUDA 12.8 at most, and Caffe here is built with " \
+        "CUDA 13:\n  update the driver" in out
+    make_driver(bundle.driver, 13010)
+    assert "libcudnn.so.99" in bundle.run(status=1)
+
+
+def test_driver_that_the_loader_alone_knows(bundle):
+    """As where no ldconfig has run since the driver came."""
+    bundle.driver.joinpath("libcuda.so.1").unlink()
+    program(bundle.tools / "ldconfig", "")
+    make_driver(bundle.state, 13000)
+    bundle.run("tests", "parity margin float",
+               env={"LD_PRELOAD": str(bundle.state / "libcuda.so.1")})
+
+
+def test_stub_of_a_driver(bundle):
+    """The toolkit's, which some containers have on their path, is none."""
+    stubs = bundle.state / "stubs"
+    make_driver(stubs, 0, status=34)
+    make_driver(bundle.driver, 13000)
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nassert "stubs" not in os.environ['
+            '"LD_LIBRARY_PATH"]\n' + path.read_text())
+    bundle.run("tests", "parity margin float", env={
+        "LD_LIBRARY_PATH": "%s:%s" % (stubs, bundle.driver)})
+
+
+@pytest.mark.parametrize("archs, capability, runs", [
+    ("80 90", "8.6", True), ("80 90", "12.0", True), ("80 90", "7.5", False),
+    ("75 90", "8.0", False), ("90", "9.0", True)])
+def test_card_that_nothing_is_built_for(bundle, archs, capability, runs):
+    """Said at once, not by each step's failure."""
+    bundle.write_bundle(archs=archs)
+    bundle.device(capability=capability)
+    out = bundle.run("tests", "parity margin float", status=0 if runs else 1)
+    assert ("CUDA_ARCHS=%s tests/gpu/bundle.sh" % capability.replace(".", "")
+            in out) != runs
+
+
+@pytest.mark.parametrize("used, chosen, gpu", [
+    ("70000\n600\n3\n", None, "2"), ("900\n3\n", None, "0"),
+    ("70000\n3\n", "0", "0"), ("[N/A]\n3\n", None, "0")])
+def test_a_gpu_in_use_is_passed_by(bundle, used, chosen, gpu):
+    bundle.write("used", used)
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nassert os.environ.get("CUDA_VISIBLE_DEVICES", '
+            '"0") == "%s"\n' % gpu + path.read_text())
+    bundle.run("tests", "parity margin float", env={
+        "CUDA_VISIBLE_DEVICES": chosen} if chosen else None)
+    assert bundle.found()["machine"]["gpu"] == gpu
+
+
+def test_kernels_are_compiled_once(bundle):
+    """The driver keeps what it compiles at home, which may not be writable."""
+    path = bundle.root / "bin/gpu_check"
+    program(path, 'import os\nopen(os.environ["STATE"] + "/cache", "w").write('
+            'os.environ.get("CUDA_CACHE_PATH", ""))\n' + path.read_text())
+    home = bundle.state / "home"
+    home.mkdir()
+    bundle.run("tests", "parity margin float", env={"HOME": str(home)})
+    assert (bundle.state / "cache").read_text() == ""
+    bundle.run("tests", "parity bn float", env={"HOME": str(home / "not")})
+    assert (bundle.state / "cache").read_text() == str(
+        bundle.results / "kernels")
+
+
+def test_copy_without_modes(bundle):
+    """A folder that came by a way that loses what is executable."""
+    for path in (bundle.root / "bin").iterdir():
+        path.chmod(0o644)
+    bundle.run("tests", "parity margin float")
+
+
+def test_gpu_that_hangs(bundle):
+    path = bundle.root / "bin/gpu_check"
+    program(path, "import time\ntime.sleep(60)")
+    host = bundle.root / "host.py"
+    host.write_text(host.read_text().replace("_PATIENCE = 180",
+                                             "_PATIENCE = 1"))
+    out = bundle.run(status=1)
+    assert "gpu_check device has not answered for 1 s" in out
+
+
+def test_folder_on_a_disk_without_locks(bundle):
+    run = bundle.root / "run.py"
+    run.write_text(run.read_text().replace(
+        "    file = open(", "    def flock(*_):\n        raise OSError("
+        "38, 'Function not implemented')\n    fcntl.flock = flock\n"
+        "    file = open(", 1))
+    out = bundle.run("tests", "parity margin float")
+    assert "going on without a lock" in out and "done: 1 passed" in out
+
+
 def test_no_gpu(bundle):
     bundle.write("no_gpu", "")
     out = bundle.run(status=1)
@@ -377,17 +505,25 @@ def test_no_gpu(bundle):
                    "usable GPU: no device is detected\n")
 
 
-def test_older_c_library(bundle):
-    """Programs that do not start by themselves do with the folder's own."""
+@pytest.mark.parametrize("is_there", [True, False])
+def test_older_c_library(bundle, is_there):
+    """Programs that do not start by themselves do with the folder's own.
+
+    Some systems have none where programs look for it.
+    """
     for name in ("caffe", "gpu_check"):
         path = bundle.root / "bin" / name
         program(path, "import os, sys\n'LOADED' in os.environ or "
                 "sys.exit('GLIBC_2.36 not found')\n" + path.read_text())
+        if not is_there:
+            program(bundle.state / name, path.read_text())
+            path.write_text("#!/there/is/none\n")
     loader = bundle.root / "lib/c/ld-linux-x86-64.so.2"
     loader.parent.mkdir(parents=True)
     loader.write_text('#!/bin/bash\n[[ $1 == --argv0 && $2 == */bin/* && '
-                      '$3 == --library-path && $4 == *cudnn/lib* ]] && '
-                      'LOADED=1 exec "${@:5}"\n')
+                      '$3 == --library-path && $4 == *cudnn/lib* ]] || exit\n'
+                      'run=$STATE/${5##*/}; [[ -e $run ]] || run=$5\n'
+                      'LOADED=1 exec "$run" "${@:6}"\n')
     loader.chmod(0o755)
     bundle.run("tests", "parity margin float")
     bundle.run("paper", "mnist", "m=1")
@@ -403,6 +539,9 @@ def test_results_of_two_cards_do_not_mix(bundle):
     out = bundle.run("tests", status=1)
     assert "the results of another machine (Stand-in 9000, driver 580.1" in out
     assert "--results" in out
+    # It may fail, and the card be the same.
+    program(bundle.tools / "nvidia-smi", "raise SystemExit(1)")
+    bundle.run("tests", "parity margin float")
 
 
 def test_results_of_two_bundles_do_not_mix(bundle):

@@ -116,6 +116,19 @@ def test_net_with_a_plain_layer_in_the_test_phase(tmp_path, caffe_root):
     assert Image.open(str(tmp_path / "out.png")).size == (800, 340)
 
 
+def test_labels_that_the_layer_has_in_training_alone(tmp_path, caffe_root):
+    net = Net(tmp_path)
+    net.path.write_text(net.path.read_text().replace('"label"', '"kind"')
+                        .replace('bottom: "flat" bottom: "kind" top: "ip"\n  '
+                                 "include { phase: TEST",
+                                 'bottom: "flat" top: "ip"\n  '
+                                 "include { phase: TEST"))
+    assert net.path.read_text().count('bottom: "kind"') == 2
+    done = net.plot(net.solver, net.model("a", [0, 90, 180]))
+    assert done.returncode == 0, done.stdout
+    assert "    4 samples: own class 0.0" in done.stdout
+
+
 def test_solvers_that_hold_their_nets(tmp_path, caffe_root):
     net = Net(tmp_path)
     text = net.path.read_text()

@@ -512,6 +512,24 @@ def test_compare(solver, tmp_path):
     assert Image.open(str(png)).size == (800, 530)
 
 
+def test_the_legend_names_each_layer_once(solver, monkeypatch, capsys):
+    import plot_lambda as tool
+    second = NET.split("layer {")[-2].replace('"lm"', '"other"')
+    path = solver(GOOD, net=NET + "layer {" + second % GOOD)
+    made = []
+    monkeypatch.setattr(tool.figures, "save",
+                        lambda figure, path: made.append(figure))
+    monkeypatch.setattr(sys, "argv", ["plot_lambda.py", str(path),
+                                      "--suggest", "5"])
+    tool.main()
+    names = [text.get_text() for figure in made
+             for text in figure.axes[0].get_legend().get_texts()]
+    assert names == [
+        "lambda of " + name + what for name in ("lm", "other")
+        for what in ("", ", suggested", ", with lambda_min")] + [
+            "learning rate"]
+
+
 def test_a_candidate_is_drawn_over_the_net(solver, pb):
     import plot_lambda as tool
     first = tool.read(pb, str(solver(GOOD + " lambda_min: 2 iteration: 7")))
@@ -606,8 +624,7 @@ def test_the_readme_promises_what_the_tool_warns_of():
     assert "Lambda still above %g at the end" % tool.HALF in section
     assert "Lambda at %g or less before the net has seen %d samples of a " \
         "class" % (tool.HALF, tool.EARLY) in section
-    assert "before the first drop of the learning rate, it does no harm" \
-        in section
+    assert "before the first drop of the learning rate does no harm" in section
 
 
 @pytest.mark.parametrize("max_iter, drop", [(3000, 1800), (30000, 5000),

@@ -108,6 +108,14 @@ def test_a_full_disk_makes_no_mark(run, tmp_path, model):
     assert not run.is_done()
 
 
+def test_a_run_that_diverged_is_not_the_best(run, tmp_path, model):
+    """Caffe's Accuracy takes NaN for right, and would give it 1."""
+    log = LOSS % "nan" + TEST.replace("0.5", "1") + (
+        HEAD + "    Test net output #1: loss = nan (* 1 = nan loss)\n" + END)
+    run.finish(train(run, tmp_path, log, model))
+    assert run.accuracy() == 0
+
+
 @pytest.mark.parametrize("loss", ["nan", "87.3365"])
 def test_a_run_that_diverged_is_told(run, tmp_path, model, capsys, loss):
     run.finish(train(run, tmp_path, LOSS % loss + TEST + END, model))

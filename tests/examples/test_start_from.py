@@ -184,8 +184,17 @@ def test_advice(start, capsys, tmp_path):
     solver.write_text('base_lr: 0.05 max_iter: 100 lr_policy: "fixed"')
     start.check("--solver", solver)
     out = capsys.readouterr().out
-    assert "start the solver with base_lr: 0.005, a tenth of its 0.05" in out
-    assert "caffe train --solver=%s --weights=" % solver in out
+    assert "start the solver with base_lr: 0.005, a tenth of the 0.05 of %s" \
+        % solver in out
+    # It may be that of the softmax model, which trains another net.
+    assert "caffe train --solver=SOLVER --weights=" in out
+    for field, named in (("net", start.net), ("train_net", start.net),
+                         ("net", start.model)):
+        solver.write_text('%s: "%s" base_lr: 0.05 max_iter: 100 '
+                          'lr_policy: "fixed"' % (field, named))
+        start.check("--solver", solver)
+        assert ("caffe train --solver=%s --weights=" % solver in
+                capsys.readouterr().out) == (named is start.net)
     net = "\n".join(NET)
     for old, new, said in (
             ("base: 1000", "base: 1", "(the net has 1: the margin would begin "

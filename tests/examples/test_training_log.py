@@ -5,6 +5,7 @@ import glob
 import math
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -362,7 +363,19 @@ def test_plot_has_panels_of_what_is_in_the_log():
     assert curves[3] == ["95th percentile", "mean"]
     assert curves[6] == ["k = 0", "k = 1", "k = 2", "k = 3"]
     names, curves = labels(read_margin_log("ip2", "b"))
+    assert curves[2] == ["ip2", "b"]
     assert curves[5] == ["ip2 margin holds", "b margin holds"]
+
+
+def test_a_legend_of_many_curves_hides_none():
+    from plot_training import draw
+    figure = draw(History(read_margin_log("ip2", "b")), "a title")
+    figure.canvas.draw()
+    for axis in figure.axes:
+        if len(axis.lines) > 2:
+            legend = axis.get_legend().get_window_extent()
+            assert not legend.overlaps(axis.get_window_extent())
+            assert figure.bbox.x1 >= legend.x1
 
 
 # ---- The head ----
@@ -464,6 +477,57 @@ def test_what_a_value_is_goes_by_its_layer():
     assert row == ["0/200", "2.51", "995", "5.84", "0.1034"]
 
 
+def several_heads():
+    """The log of a net with accuracies and a margin before those that count.
+    """
+    def accuracy(name, bottom, k):
+        return ('layer {\n  name: "%s"\n  type: "Accuracy"\n  bottom: "%s"\n'
+                '  bottom: "label"\n  top: "%s"\n  accuracy_param {\n'
+                "    top_k: %d\n  }\n}\n" % (name, bottom, name, k))
+    lines = (HEAD[7] + """\
+layer {
+  name: "other"
+  type: "LargeMarginInnerProduct"
+  top: "other"
+}
+layer {
+  name: "ip2"
+  type: "LargeMarginInnerProduct"
+  top: "ip2"
+  top: "lambda"
+}
+""" + accuracy("aux", "pool", 1) + accuracy("top3", "ip2", 3) + accuracy(
+    "accuracy", "ip2", 1)).splitlines(True)
+    for line in read_margin_log("other", "ip2")[6:]:
+        if "accuracy = " in line:
+            lines += [line.split("#")[0] + "#8: %s = 0.99\n" % name
+                      for name in ("aux", "top3")]
+        lines.append(line)
+    return lines
+
+
+def test_the_accuracy_that_counts_is_that_of_the_margin_layer():
+    history = History(several_heads())
+    assert history.accuracies() == ([0, 100, 200], [.1034, .8012, .9034])
+
+
+def test_the_accuracy_of_a_net_that_diverged():
+    """Caffe counts NaN as right, so that its accuracy is 1."""
+    lines = [line.replace("0.34 (* 1 = 0.34", "-nan (* 1 = -nan").replace(
+        "0.9034", "1") for line in read_log()]
+    assert any("-nan" in line for line in lines)
+    values = History(lines).accuracies()[1]
+    assert values[:2] == [.1034, .8012] and math.isnan(values[2])
+    assert watch(lines).stdout.split()[-3:-1] == ["nan", "nan"]
+
+
+def test_the_angles_beside_lambda_are_of_its_layer():
+    lines = watch(several_heads()).stdout.splitlines()
+    # read_margin_log gives "other" 60 degrees, and ip2 50.
+    assert lines[1].split()[1:6] == ["2.51", "995", "2.34", "0.1034", "50.0"]
+    assert lines[2].split()[:3] == ["other", "900", "60.0"]
+
+
 @pytest.mark.parametrize("stamp, expected", [
     ("I20261125 08:45:13.274479", (2026, 11, 25, 8, 45, 13)),
     # Without a year: this one, also by a clock that is ahead, or the last.
@@ -508,6 +572,20 @@ def test_csv(tmp_path):
     assert run("caffe_log.py", log, "--csv", table).returncode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "a table.csv", "train.log"]
+
+
+@pytest.mark.parametrize("script", ["caffe_log.py", "plot_training.py"])
+def test_ctrl_c_is_one_word(tmp_path, script):
+    log = tmp_path / "log"
+    os.mkfifo(str(log))
+    done = subprocess.Popen(
+        [os.path.join(ROOT, "myexamples", script), str(log)] + (
+            ["--csv", str(tmp_path / "t.csv")] if script[0] == "c" else []),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(str(log), "w"):  # opened once the script reads it
+        done.send_signal(signal.SIGINT)
+        assert done.communicate(timeout=60)[0] == "stopped\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_csv_of_two_test_nets(tmp_path):

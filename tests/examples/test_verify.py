@@ -666,3 +666,40 @@ def test_deploy_net_scales_images_to_its_input(tmp_path, caffe_root):
             "b = two.features(['b.png'], two.preprocessing.read)\n"
             "result = np.stack([a, b])")
         assert rows.tolist() == [[[7, 35]], [[2, 3]]]
+
+
+def test_exported_net_takes_images_as_the_trained_one(tmp_path, pb):
+    """What its comments say, as export_deploy.py wrote them."""
+    from google.protobuf import text_format
+    import deploy_input
+
+    class Node:
+        layer = text_format.Parse("""
+            name: "data" type: "ImageData" top: "data"
+            transform_param { crop_size: 3 scale: 0.5 %s }
+            image_data_param { new_height: 6 new_width: 5 }""" % " ".join(
+                "mean_value: %d" % mean for mean in (9, 8, 7)),
+            pb.LayerParameter())
+        tops = [type("Top", (), {"name": "da.ta", "index": 0})]
+    trained = deploy_input.Input(pb, Node, "net")
+    trained.shape = 1, 3, 3, 3
+    deployed = pb.LayerParameter(type="Input", top=["da.ta"])
+    deployed.input_param.shape.add(dim=trained.shape)
+    path = tmp_path / "deploy.prototxt"
+
+    def read():
+        text = ['Input "other": 1 x 1', "  scalefactor: 9"]
+        path.write_text("".join("# %s\n" % line for line in
+                                text + trained.comments() + text))
+        return features.Preprocessing.of_layer(
+            pb, deployed, str(path)).describe()
+    assert read() == features.Preprocessing.of_layer(
+        pb, Node.layer, "net").describe()
+    Node.layer.ClearField("image_data_param")
+    assert read() == features.Preprocessing.of_layer(
+        pb, Node.layer, "net").describe()
+    assert "as large as they are, the middle 3 x 3" in read()
+    path.write_text('# Input "da.ta": 3\n#   scalefactor: much\n')
+    with pytest.raises(caffe_proto.UserError) as error:
+        features.Preprocessing.of_layer(pb, deployed, str(path))
+    assert "does not say how its input is made" in str(error.value)

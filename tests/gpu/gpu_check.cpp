@@ -1,8 +1,10 @@
 // What a GPU is asked beyond the gtests: do the layers compute what they
-// compute on the CPU, and how long do they take beside Caffe's own?
+// compute on the CPU, and the same each time, and how long do they take beside
+// Caffe's own?
 //
 //   gpu_check device                       the GPU, or what is wrong with it
 //   gpu_check parity margin|bn float|double
+//   gpu_check repeat margin float|double   the same bits each time?
 //   gpu_check time margin M K N [ROUNDS]   beside InnerProduct without bias
 //   gpu_check time bn|bn_in_place N C H W [ROUNDS]
 //                                          beside BatchNorm and Scale
@@ -208,6 +210,69 @@ void ParityOf(const string& layer) {
   }
 }
 
+// ---- Repeats ----
+
+string ClassesOf(int classes) {
+  return "num_output: " + caffe::format_int(classes)
+      + " weight_filler { type: 'xavier' }";
+}
+
+// The layer that is repeated, timed and profiled.
+string MarginOf(int classes) {
+  return Format(kMargin, ClassesOf(classes) + " type: QUADRUPLE base: 10");
+}
+
+// What it is compared with.
+string InnerProductOf(int classes) {
+  return "type: 'InnerProduct' phase: TRAIN inner_product_param { "
+      "bias_term: false " + ClassesOf(classes) + " }";
+}
+
+template <typename Dtype>
+vector<Dtype> Values(const Dtype* values, int count) {
+  return vector<Dtype>(values, values + count);
+}
+
+// The sums of a class that several blocks share are made by the one that comes
+// last, of what the others have left in memory: whichever it is, and whatever
+// its caches hold, the bits are the same. No tool of CUDA's sees whether a fence
+// is missing.
+template <typename Dtype>
+void Repeat(const string& text, const vector<int>& shape, int classes) {
+  const int times = kMode == Caffe::GPU ? 300 : 3;
+  Rig<Dtype> rig(text, shape, classes);
+  Blob<Dtype>* const weights = rig.layer->blobs()[0].get();
+  vector<vector<Dtype> > first;
+  int others = 0;
+  for (int i = 0; i < times; ++i) {
+    caffe::caffe_set(weights->count(), Dtype(0), weights->mutable_cpu_diff());
+    rig.Run();
+    const vector<vector<Dtype> > now = {
+        Values(rig.y.cpu_data(), rig.y.count()),
+        Values(rig.x.cpu_diff(), rig.x.count()),
+        Values(weights->cpu_diff(), weights->count())};
+    if (i == 0) { first = now; }
+    others += now != first;
+  }
+  if (others > 0) {
+    ++failures;
+    std::printf("FAILED: %s, %s: %d of %d passes give other bits than the "
+        "first\n", text.c_str(), rig.x.shape_string().c_str(), others, times);
+  }
+}
+
+template <typename Dtype>
+void MarginRepeat() {
+  // Classes that go on over many blocks: a chunk a block, some of a block's
+  // columns each, and several chunks a block.
+  const int sizes[][3] = {{512, 512, 3}, {2000, 2048, 2}, {5000, 33, 7}};
+  for (const auto& s : sizes) {
+    Repeat<Dtype>(MarginOf(s[2]), Shape(s[0], s[1]), s[2]);
+    // Where this one fails, it is cuBLAS.
+    Repeat<Dtype>(InnerProductOf(s[2]), Shape(s[0], s[1]), 0);
+  }
+}
+
 // ---- Benchmark ----
 
 // Milliseconds of `repeats` calls of run, by the device's clock.
@@ -276,20 +341,9 @@ double UsedMemory() {
 #endif
 }
 
-string ClassesOf(int classes) {
-  return "num_output: " + caffe::format_int(classes)
-      + " weight_filler { type: 'xavier' }";
-}
-
-// The layer that is timed and profiled.
-string MarginOf(int classes) {
-  return Format(kMargin, ClassesOf(classes) + " type: QUADRUPLE base: 10");
-}
-
 void TimeMargin(int samples, int features, int classes, int rounds) {
   const string margin = MarginOf(classes);
-  const string inner_product = "type: 'InnerProduct' phase: TRAIN "
-      "inner_product_param { bias_term: false " + ClassesOf(classes) + " }";
+  const string inner_product = InnerProductOf(classes);
   const vector<int> shape = Shape(samples, features);
   // The first run takes memory for the device, for cuBLAS and for modules.
   { Rig<float>(inner_product, shape, 0).Run(); }
@@ -466,6 +520,7 @@ void PrintDevice() {
 int Usage() {
   std::fprintf(stderr, "usage: gpu_check device\n"
       "       gpu_check parity margin|bn float|double\n"
+      "       gpu_check repeat margin float|double\n"
       "       gpu_check time margin M K N [ROUNDS]\n"
       "       gpu_check time bn|bn_in_place|cudnn N C H W [ROUNDS]\n"
       "       gpu_check profile margin M K N\n"
@@ -484,6 +539,20 @@ int Parity(const vector<string>& words) {
     ParityOf<double>(words[1]);
   }
   std::printf("parity: %s\n", failures ? "FAILED" : "GPU = CPU");
+  return failures ? 1 : 0;
+}
+
+int Repeat(const vector<string>& words) {
+  if (words.size() != 3 || words[1] != "margin"
+      || (words[2] != "float" && words[2] != "double")) {
+    return Usage();
+  }
+  if (words[2] == "float") {
+    MarginRepeat<float>();
+  } else {
+    MarginRepeat<double>();
+  }
+  std::printf("repeat: %s\n", failures ? "FAILED" : "the same bits");
   return failures ? 1 : 0;
 }
 
@@ -546,6 +615,7 @@ int main(int argc, char** argv) {
 #endif
   Caffe::set_mode(kMode);
   if (words[0] == "parity") { return Parity(words); }
+  if (words[0] == "repeat") { return Repeat(words); }
   if (words[0] == "time" || words[0] == "profile") { return Measure(words); }
   return Usage();
 }

@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ from processes import output
 from results import UserError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+# Seconds; the first look at several GPUs takes half a minute, and so do large
+# libraries on a slow disk.
+_PATIENCE = 180
 
 # What nvidia-smi says of a card, and what the results call it.
 _CARD = {"name": "card", "driver_version": "driver", "uuid": "uuid",
@@ -35,6 +40,25 @@ def _smi(fields):
 def clocks():
     """The card's clocks at this moment."""
     return _smi(_CLOCKS)
+
+
+def _idlest():
+    """The number of the GPU with most room, if the first one is in use.
+
+    None where the first one will do, or the user has chosen.
+    """
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None
+    text = output(["nvidia-smi", "--query-gpu=memory.used",
+                   "--format=csv,noheader,nounits"]) or ""
+    try:
+        used = [int(line) for line in text.split()]  # MiB
+    except ValueError:
+        return None
+    # A desktop's is no use that matters.
+    if not used or used[0] < min(used) + 2048:
+        return None
+    return used.index(min(used))
 
 
 def _pythons_folders():
@@ -93,22 +117,59 @@ def find_libraries(names):
         else:
             missing.append(name)
     if missing:
+        without = ("\n  or make the folder without cuDNN: tests/gpu/bundle.sh "
+                   "--no-cudnn" if "libcudnn" in missing[0] else "")
         raise UserError(
             "Caffe needs %s, which this machine does not have.\n  Take a "
             "Python with PyTorch for CUDA 13, install CUDA 13 and cuDNN (set "
             "CUDNN_ROOT),\n  or get the libraries into this folder with\n"
             "    pip install --no-deps --target %s nvidia-cublas==13.* "
-            "nvidia-curand==10.4.* nvidia-cudnn-cu13"
-            % (", ".join(missing), os.path.join(HERE, "cuda")))
+            "nvidia-curand==10.4.* nvidia-cudnn-cu13%s"
+            % (", ".join(missing), os.path.join(HERE, "cuda"), without))
     return found
 
 
-def _driver_folder():
-    """Where the driver's library is; "" where the loader finds it."""
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") + [
-            "/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"]:
-        if folder and os.path.exists(folder + "/libcuda.so.1"):
+def _driver_version(path):
+    """The CUDA of a driver's library, 13000 for 13.0.
+
+    0 where it does not tell: the toolkit's stub of one, for example. None where
+    it cannot be opened.
+    """
+    # In a process of its own: of two libraries of this name, one would stand
+    # for both.
+    text = output([sys.executable, "-c", """
+import ctypes, sys
+version = ctypes.c_int(0)
+if ctypes.CDLL(sys.argv[1]).cuDriverGetVersion(ctypes.byref(version)):
+    version.value = 0
+print(version.value)""", path])
+    return None if text is None else int(text)
+
+
+def _driver_folder(libraries):
+    """Where the driver's library is; "" where the loader finds it.
+
+    Raises UserError where there is none, or one too old for the libraries.
+    """
+    folders = [folder for folder in os.environ.get(
+        "LD_LIBRARY_PATH", "").split(":") + ["/usr/local/nvidia/lib64",
+                                             "/usr/lib/wsl/lib"]
+               if folder and os.path.exists(folder + "/libcuda.so.1")]
+    needed = max([int(number) for name in libraries for number in re.findall(
+        r"^libcublas\.so\.(\d+)$", name)], default=0)
+    for folder in folders + [""]:
+        version = _driver_version(os.path.join(folder, "libcuda.so.1"))
+        if not version:
+            continue
+        if version >= 1000 * needed:
             return folder
+        raise UserError(
+            "this machine's driver is for CUDA %d.%d at most, and Caffe here "
+            "is built with CUDA %d:\n  update the driver, or make a folder "
+            "with an older CUDA toolkit (CUDA_HOME) by tests/gpu/bundle.sh"
+            % (version // 1000, version % 1000 // 10, needed))
+    if folders:
+        return folders[0]
     cache = output(["ldconfig", "-p"]) or output(["/sbin/ldconfig", "-p"])
     if "libcuda.so.1" not in (cache or ""):
         raise UserError("this machine has no NVIDIA driver (libcuda.so.1), so "
@@ -123,12 +184,20 @@ class Host:
     def __init__(self, bundle, folder):
         self.is_gpu = bundle["device"] == "cuda"
         self.bin = os.path.join(HERE, "bin")
+        gpu = _idlest() if self.is_gpu else None
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         self.env = dict(os.environ, CUDA_DEVICE_ORDER="PCI_BUS_ID",
                         OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+        # Where a card needs kernels compiled, once and not in each process.
+        if not os.access(os.path.expanduser("~"), os.W_OK):
+            self.env.setdefault("CUDA_CACHE_PATH",
+                                os.path.join(folder, "kernels"))
         self.path = ""
+        self._make_executable()
         libraries = {}
         if self.is_gpu:
-            folders = [_driver_folder()]
+            folders = [_driver_folder(bundle["libraries"])]
             libraries = find_libraries(bundle["libraries"])
             for path in libraries.values():
                 if path:
@@ -142,6 +211,9 @@ class Host:
             self.path = ":".join(folders)
             self._find_a_start(folder)
         self.machine = self._describe(libraries)
+        if self.is_gpu:
+            _check_kernels(bundle["archs"],
+                           self.machine["device"]["capability"])
 
     def environment(self):
         """The programs' environment."""
@@ -159,13 +231,36 @@ class Host:
         env = ["env", "LD_LIBRARY_PATH=" + self.path] if self.path else []
         return tool + env + self.command(name, *arguments)
 
+    def _make_executable(self):
+        """Some ways to copy a folder lose that."""
+        for path in (glob.glob(self.bin + "/*")
+                     + glob.glob(HERE + "/lib/c/ld-linux*")):
+            if not os.access(path, os.X_OK):
+                os.chmod(path, 0o755)
+
+    def _ask(self, name, argument):
+        """What a program answers that has little to do.
+
+        Raises UserError where it does not, as on a GPU that hangs.
+        """
+        try:
+            return subprocess.run(self.command(name, argument),
+                                  env=self.environment(),
+                                  stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=_PATIENCE,
+                                  universal_newlines=True)
+        except subprocess.TimeoutExpired:
+            raise UserError("%s %s has not answered for %d s: does nvidia-smi?"
+                            % (name, argument, _PATIENCE))
+
     def _starts(self):
-        done = subprocess.run(self.command("caffe", "--version"),
-                              env=self.environment(),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT,
-                              universal_newlines=True)
-        return done.returncode == 0, done.stdout
+        """Whether Caffe does, and what it says."""
+        try:
+            done = self._ask("caffe", "--version")
+        except OSError as error:  # another processor, or another loader's place
+            return False, str(error)
+        return done.returncode == 0, (done.stdout + done.stderr).strip()
 
     def _find_a_start(self, folder):
         """A C library older than that of the build is passed by.
@@ -173,7 +268,8 @@ class Host:
         Scripts stand for the programs then: some tests start their own program
         anew.
         """
-        if self._starts()[0]:
+        started, why = self._starts()
+        if started:
             return
         loaders = glob.glob(HERE + "/lib/c/ld-linux*")
         scripts = os.path.join(folder, "bin")
@@ -182,7 +278,7 @@ class Host:
         for name in os.listdir(self.bin):
             script = os.path.join(scripts, name)
             with open(script, "w") as file:
-                file.write('#!/bin/bash\nexec "%s" --argv0 "$0" '
+                file.write('#!/bin/sh\nexec "%s" --argv0 "$0" '
                            '--library-path "%s" "%s" "$@"\n'
                            % (loaders[0] if loaders else "",
                               path, os.path.join(self.bin, name)))
@@ -190,14 +286,12 @@ class Host:
         self.bin, self.path = scripts, ""
         started, words = self._starts()
         if not started:
-            raise UserError("Caffe does not start on this machine:\n  "
-                            + words.strip())
+            raise UserError("Caffe does not start on this machine (%s):\n  %s"
+                            "\n  nor with this folder's C library: %s"
+                            % (platform.machine(), why, words))
 
     def _describe(self, libraries):
-        done = subprocess.run(self.command("gpu_check", "device"),
-                              env=self.environment(),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, universal_newlines=True)
+        done = self._ask("gpu_check", "device")
         if done.returncode != 0:
             raise UserError("the GPU cannot be used: "
                             + done.stderr.strip().split("\n")[-1])
@@ -207,8 +301,25 @@ class Host:
                    "processor": _processor(), "processors": os.cpu_count(),
                    "libraries": libraries}
         if self.is_gpu:
-            machine.update(_smi(_CARD))
+            machine.update(_smi(_CARD), gpu=os.environ.get(
+                "CUDA_VISIBLE_DEVICES", "0"))
         return machine
+
+
+def _check_kernels(archs, capability):
+    """Raises UserError where the card can run nothing that was compiled.
+
+    Code for a GPU runs on later ones of its generation, that of the last is
+    there for all later generations, too.
+    """
+    built = [int(arch) for arch in re.findall(r"\d+", archs)]
+    card = int(capability.replace(".", ""))
+    if built and built[-1] > card and not any(
+            arch <= card and arch // 10 == card // 10 for arch in built):
+        raise UserError(
+            "Caffe here is built for sm_%s, and this card is an sm_%d\n  "
+            "CUDA_ARCHS=%d tests/gpu/bundle.sh makes a folder for it"
+            % (", sm_".join(archs.split()), card, card))
 
 
 def _processor():

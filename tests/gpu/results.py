@@ -47,8 +47,11 @@ class Results:
     def begin(self, machine, arguments):
         """A call begins on a machine, which must be like the last one."""
         last = self.data["machine"]
-        if last is not None and any(last[key] != machine[key]
-                                    for key in ("card", "driver")):
+        # An nvidia-smi that fails once leaves the driver unknown.
+        if last is not None and any(
+                last[key] != machine[key]
+                and "unknown" not in (last[key], machine[key])
+                for key in ("card", "driver")):
             raise UserError(
                 "%s has the results of another machine (%s, driver %s; this "
                 "is %s, driver %s): name another folder with --results"

@@ -2,7 +2,8 @@
 
   run.sh                        all that is left of the parts, in this order:
   run.sh tests [WORD...]        the layers' tests in Caffe, GPU against CPU,
-                                the same training twice, compute-sanitizer
+                                the same pass 300 times, the same training
+                                twice, compute-sanitizer
   run.sh benchmark [WORD...]    times beside Caffe's layers and cuDNN's, and
                                 the bandwidth of a copy, with the budgets
   run.sh profile [WORD...]      Nsight Compute (ncu) on the layers' kernels
@@ -16,7 +17,8 @@
 WORD picks the steps that have it in their names. A call that its limit, a
 signal or kill -9 ends is gone on with by the same call: what has passed is not
 done again, what has failed is, and trainings go on from their snapshots.
-RESULTS/results.json and results.md have all that was found.
+RESULTS/results.json and results.md have all that was found. Where the first GPU
+is in use, the one with most room is taken; CUDA_VISIBLE_DEVICES names another.
 
 The exit status is 0 if all is done and passed, 1 if something failed, 2 if the
 call is wrong, 3 if it was ended before all was done.
@@ -152,12 +154,14 @@ def list_steps(results, bundle):
 # ---- A call ----
 
 def one_at_a_time(folder):
-    """Holds the folder for this process."""
+    """Holds the folder for this process, if its disk can do that."""
     file = open(os.path.join(folder, ".lock"), "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError("another run.sh is at work in %s" % folder)
+    except OSError as error:
+        say("going on without a lock in %s: %s" % (folder, error.strerror))
     return file
 
 

@@ -75,7 +75,13 @@ impl LargeMarginInnerProduct {
     /// A field out of its range, by name and value.
     pub fn new(param: &LargeMarginInnerProductParameter) -> Result<Self> {
         let classes = match param.num_output {
-            None => return Err(Error::new("num_output is missing: the number of classes")),
+            // inner_product_param is left where InnerProduct only got our type.
+            None => {
+                return Err(Error::new(
+                    "num_output is missing: the number of classes, in \
+                     largemargin_inner_product_param",
+                ));
+            }
             Some(n) if n == 0 || n > i32::MAX as u32 => {
                 return Err(Error::new(format!(
                     "num_output: {n} is outside [1, {}]",

@@ -181,7 +181,7 @@ def test_parameter(tmp_path, param, words):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("", ["num_output is missing"]),
+    ("", ["num_output is missing", "in largemargin_inner_product_param"]),
     ("num_output: 0", ["num_output: 0"]),
     ("num_output: 4294967295", ["num_output: 4294967295"]),
 ])

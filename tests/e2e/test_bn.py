@@ -212,3 +212,21 @@ layer {
     net.clear_param_diffs()
     net.backward()
     np.testing.assert_allclose(net.params["bn2"][1].diff, [[18, 18, 18]])
+
+
+@pytest.mark.parametrize("frozen", ("bn1", "bn2"))
+def test_what_a_frozen_layer_shares_is_not_learned(data, frozen):
+    """Whichever comes first: a blob has one learning rate."""
+    shared = "".join('param { name: "%s" }' % name for name in "sbmv")
+    both = "".join(
+        bn("frozen: true" if name == frozen else "", shared).replace(
+            '"bn1"', '"%s"' % name) for name in ("bn1", "bn2"))
+    train(data, data_layer() + IP1 + both + """
+layer {
+  name: "sum" type: "Eltwise" bottom: "bn1" bottom: "bn2" top: "sum"
+}
+""" + inner_product().replace('bottom: "ip1"', 'bottom: "sum"') + LOSS)
+    weights = read_weights(data / "snap_iter_20.caffemodel")
+    for name in ("bn1", "bn2"):
+        assert (weights[name, 0] == 1).all() and not weights[name, 1].any()
+        assert weights[name, 2].all() and (weights[name, 3] != 1).all()

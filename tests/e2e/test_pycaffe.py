@@ -146,6 +146,18 @@ def test_a_loss_on_the_plain_logits_is_one_in_a_solver(spec):
     assert not np.allclose(without["ip2"][0], with_loss["ip2"][0])
 
 
+def test_a_gradient_by_hand_on_the_plain_logits_counts(spec):
+    """In a solver's net as in others, where no layer has the third top."""
+    text = (spec / "net.prototxt").read_text()
+    (spec / "net.prototxt").write_text(text.replace(
+        'bottom: "plain"', 'bottom: "ip2"'))
+    assert 'bottom: "plain"' in text
+    more = gradients(spec, True)["ip2"][0] - gradients(spec, False)["ip2"][0]
+    # The same for each class and sample: 2.3 times the sum of the features.
+    assert np.abs(more).max() > 1
+    np.testing.assert_allclose(more, np.tile(more[:1], (4, 1)), rtol=1e-3)
+
+
 def test_reshape_between_passes(data):
     text = """
 layer { name: "data" type: "Input" top: "data" top: "label"
@@ -166,10 +178,14 @@ layer { name: "data" type: "Input" top: "data" top: "label"
                                    atol=1e-6)
 
 
-def test_bn_in_place_in_a_test_net(spec):
-    """The gradient by its input is there, those by its parameters are
-    nobody's: for them, it would keep its normalized input."""
+@pytest.mark.parametrize("in_place", (True, False))
+def test_bn_in_a_test_net(spec, in_place):
+    """The gradient by its input is there. For those by its parameters it
+    would, in place, keep its normalized input: that is saved."""
     text = "force_backward: true\n" + (spec / "net.prototxt").read_text()
+    if not in_place:
+        text = text.replace('top: "ip1"', 'top: "raw"', 1).replace(
+            'bottom: "ip1"', 'bottom: "raw"', 1)
     (spec / "net.prototxt").write_text(text)
     solver = caffe.SGDSolver(str(write_solver(
         spec, net="net.prototxt", display=0, test_iter=1, test_interval=100)))
@@ -187,8 +203,11 @@ def test_bn_in_place_in_a_test_net(spec):
         net.backward(start="ip2")
     assert tested.blobs["data"].diff.any()
     assert np.array_equal(tested.blobs["data"].diff, plain.blobs["data"].diff)
-    assert plain.params["bn1"][0].diff.any()
-    assert not tested.params["bn1"][0].diff.any()
+    for i in range(2):
+        there = plain.params["bn1"][i].diff
+        assert there.any()
+        assert np.array_equal(tested.params["bn1"][i].diff,
+                              np.zeros_like(there) if in_place else there)
 
 
 def test_bn_test_phase_after_training(spec):

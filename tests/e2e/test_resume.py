@@ -347,12 +347,18 @@ def test_test_nets_go_on(data, form, iter_size, iteration, interval,
         assert source == "of the tests so far"
 
 
-def test_test_layers_without_labels_have_no_lambda(data):
+# As the README has it, and as the authors' nets do.
+WITHOUT_MARGIN = [
+    dict(bottoms=("ip1",), tops=("ip2",)),
+    dict(param="type: SINGLE base: 0", tops=("ip2",))]
+
+
+@pytest.mark.parametrize("test_layer", WITHOUT_MARGIN)
+def test_test_layers_without_margin_have_no_lambda(data, test_layer):
     both = (data_layer() + IP1 + margin_layer(
         "type: QUADRUPLE " + SCHEDULE_TEXT,
         extra="include { phase: TRAIN }") + margin_layer(
-            bottoms=("ip1",), tops=("ip2",), extra="include { phase: TEST }")
-            + LOSS)
+            extra="include { phase: TEST }", **test_layer) + LOSS)
     write_net(data, both)
     solve(data, "whole", **TEST_SOLVER)
     log = resume(data, "BINARYPROTO", **TEST_SOLVER)
@@ -387,6 +393,17 @@ def test_caffe_test_starts_with_the_passes_of_the_model(data, form):
     assert said(log)[0][:2] == (7 + 2 * END, "of the model")
     assert re.findall(r"Batch \d, lambda = (\S+)", log) == [
         shown(7 + 2 * END + i) for i in (1, 2)]
+
+
+@pytest.mark.parametrize("test_layer", WITHOUT_MARGIN)
+def test_caffe_test_says_no_lambda_of_a_layer_without_margin(
+        data, test_layer):
+    net(data)
+    solve(data, "whole")
+    write_net(data, data_layer() + IP1 + margin_layer(**test_layer) + LOSS)
+    log = run_caffe("test", "--model=net.prototxt", "--iterations=1",
+                    "--weights=whole_iter_%d.caffemodel" % END, cwd=data)
+    assert "resumes" not in log and "Batch 0, loss" in log
 
 
 def test_caffe_test_without_a_count_starts_at_iteration(data):

@@ -177,6 +177,21 @@ def test_a_margin_without_labels_warns(data):
                    and "without the margin of 4" in words for words in said)
 
 
+def test_the_passes_of_a_model_in_a_prototxt_warn(data):
+    """As one has them that was made of a snapshot's text: without a word, the
+    descent of a new training would begin where that of the old one ended."""
+    for param, warned in (("passes: 50", 1), ("passes: 50 iteration: 49", 1),
+                          ("passes: 50 iteration: 50", 0),
+                          ("iteration: 50", 0)):
+        log = train(data, data_layer() + IP1 + margin_layer(
+            "margin: 4 base: 1000 gamma: 1 " + param) + LOSS, max_iter=1)
+        assert logged_lambdas(log) == [(0, "%.6g" % np.float32(1000 / 52))]
+        said = warnings(log, "ip2")
+        assert len(said) == warned
+        assert all("after 50 forward passes, lambda = 19.2308" in words
+                   and "Delete it to begin" in words for words in said)
+
+
 def warnings(log, name):
     return re.findall(r"^W\S+ .*\] (\S+ layer '%s'.*)$" % name, log, re.M)
 

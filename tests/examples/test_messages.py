@@ -46,6 +46,7 @@ NOT_ERRORS = {
     "... is already defined in file ...",
     "Error parsing text-format caffe.NetParameter: 12:30: Expected "
     "identifier, got: /",
+    "Too many params specified for layer ip2",
     "Incompatible number of blobs for layer ip2",
 }
 

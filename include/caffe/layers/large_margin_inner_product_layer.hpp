@@ -89,12 +89,12 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   virtual void ToProto(LayerParameter* param, bool write_diff = false);
 
   /**
-   * @brief Says that the layer is in the training net of a solver, whose
-   *        backward passes bring a gradient by the third top, or do not.
+   * @brief Says that the layer is in the training net of a solver, and whether
+   *        what is written to the gradient of its third top is one.
    *
-   * A layer of other nets takes one that is not empty for a gradient.
+   * A layer of other nets takes it for one.
    */
-  void JoinSolver(bool has_plain_diff);
+  void JoinSolver(bool takes_plain_diff);
   /**
    * @brief Continues the descent of lambda after `passes` forward passes in
    *        all; after those of the layer's parameter where they are more.
@@ -102,8 +102,8 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   void Resume(int64_t passes);
   /// @brief The forward passes behind the layer, all that ever were.
   int64_t passes() const;
-  /// @brief Whether the layer has labels, and so a margin.
-  bool has_labels() const;
+  /// @brief Whether the layer has labels, and a margin above 1 for them.
+  bool has_margin() const;
   /// @brief lambda of the last forward pass; before the first, of the next.
   double lambda() const;
 
@@ -158,7 +158,7 @@ class LargeMarginInnerProductLayer : public Layer<Dtype> {
   template <class Memory>
   void BackwardIn(const vector<Blob<Dtype>*>& top,
       const vector<bool>& propagate_down, const vector<Blob<Dtype>*>& bottom);
-  void WarnOfPhase(bool labels, bool plain_logits) const;
+  void Warn(bool labels, bool plain_logits) const;
   void WriteLambda(const vector<Blob<Dtype>*>& top) const;
   void LogDiagnosis(const vector<Blob<Dtype>*>& bottom,
       const vector<Blob<Dtype>*>& top) const;

@@ -40,7 +40,7 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
   explicit State(const string& param)
       : rust(lsoftmax::new_large_margin(rust::Slice<const uint8_t>(
             reinterpret_cast<const uint8_t*>(param.data()), param.size()))),
-        has_labels(false), in_solver(false), has_plain_diff(false) {}
+        has_labels(false), in_solver(false), takes_plain_diff(true) {}
 
   lsoftmax::MarginSizes Reshape(const vector<Blob<Dtype>*>& bottom) {
     has_labels = bottom.size() > 1;
@@ -55,9 +55,9 @@ struct LargeMarginInnerProductLayer<Dtype>::State {
 
   rust::Box<lsoftmax::LargeMarginInnerProduct> rust;
   bool has_labels;
-  // Whether the layer is in a solver's training net, and what that says of the
-  // third top.
-  bool in_solver, has_plain_diff;
+  // Whether the layer is in a solver's training net, and whether what is in the
+  // gradient of the third top is one.
+  bool in_solver, takes_plain_diff;
   // What a forward pass on the GPU leaves to the backward pass.
   lsoftmax::Scratch scratch;
 };
@@ -108,7 +108,7 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
   }
   CheckSize(*this, "weights", weight_shape[0], "classes", weight_shape[1],
       "features");
-  WarnOfPhase(bottom.size() > 1, top.size() > 2);
+  Warn(bottom.size() > 1, top.size() > 2);
   if (this->blobs_.size() > 0) {
     LOG(INFO) << "Skipping parameter initialization";
     const Blob<Dtype>& weight = *this->blobs_[0];
@@ -132,12 +132,20 @@ void LargeMarginInnerProductLayer<Dtype>::LayerSetUp(
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::WarnOfPhase(bool labels,
+void LargeMarginInnerProductLayer<Dtype>::Warn(bool labels,
     bool plain_logits) const {
   const int margin = state_->rust->margin();
   if (margin == 1 || !Caffe::root_solver()) { return; }
   const string layer =
       string(type()) + " layer '" + this->layer_param_.name() + "' of the ";
+  const LargeMarginInnerProductParameter& param =
+      this->layer_param_.largemargin_inner_product_param();
+  // A prototxt that was made of a snapshot's model.
+  LOG_IF(WARNING, this->phase_ == TRAIN && labels
+      && param.passes() > param.iteration()) << layer << "TRAIN phase begins "
+      << "after " << passes() << " forward passes, lambda = " << lambda()
+      << ", as the prototxt has passes, which a snapshot wrote. Delete it to "
+      << "begin at iteration " << param.iteration();
   LOG_IF(WARNING, this->phase_ == TRAIN && !labels) << layer << "TRAIN phase "
       << "has no labels, so it trains as InnerProduct does, without the margin "
       << "of " << margin << ". Give it the labels as a second bottom";
@@ -235,8 +243,7 @@ void LargeMarginInnerProductLayer<Dtype>::BackwardIn(
   pass.memory = Memory::value;
   pass.dtype = lsoftmax::TypeOf<Dtype>::value;
   pass.logits_diff = Memory::MutableDiff(top[0]);
-  if (top.size() > 2 && (state_->in_solver ? state_->has_plain_diff
-      : HasDiff(top[2]))) {
+  if (top.size() > 2 && state_->takes_plain_diff && HasDiff(top[2])) {
     pass.plain_diff = Memory::Diff(top[2]);
   }
   pass.features = Memory::Data(bottom[0]);
@@ -297,9 +304,9 @@ void LargeMarginInnerProductLayer<Dtype>::ToProto(LayerParameter* param,
 }
 
 template <typename Dtype>
-void LargeMarginInnerProductLayer<Dtype>::JoinSolver(bool has_plain_diff) {
+void LargeMarginInnerProductLayer<Dtype>::JoinSolver(bool takes_plain_diff) {
   state_->in_solver = true;
-  state_->has_plain_diff = has_plain_diff;
+  state_->takes_plain_diff = takes_plain_diff;
 }
 
 template <typename Dtype>
@@ -313,8 +320,8 @@ int64_t LargeMarginInnerProductLayer<Dtype>::passes() const {
 }
 
 template <typename Dtype>
-bool LargeMarginInnerProductLayer<Dtype>::has_labels() const {
-  return state_->has_labels;
+bool LargeMarginInnerProductLayer<Dtype>::has_margin() const {
+  return state_->has_labels && state_->rust->margin() > 1;
 }
 
 template <typename Dtype>

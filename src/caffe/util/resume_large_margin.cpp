@@ -166,7 +166,9 @@ void Resume(LargeMarginInnerProductLayer<Dtype>* layer, int64_t passes,
         << source;
     source = by_hand.str();
   }
-  LOG_IF(INFO, Caffe::root_solver()) << layer->type() << " layer '"
+  // The TEST layers of most nets have no margin, and no lambda to speak of.
+  LOG_IF(INFO, Caffe::root_solver() && (layer->has_margin()
+      || layer->layer_param().phase() == TRAIN)) << layer->type() << " layer '"
       << layer->layer_param().name() << "'" << where << " resumes after "
       << layer->passes() << " forward passes (" << source << "), lambda = "
       << layer->lambda();
@@ -211,32 +213,35 @@ string WeightName(const Layer<Dtype>& layer) {
       ? layer.layer_param().param(0).name() : "";
 }
 
-// Whether the net's backward passes bring the layer a gradient by its third
-// top. Some layers write one to which nothing leads: on the GPU Accuracy and,
-// before BVLC Caffe's #6202, a loss with loss_weight 0.
+// Whether what is in the gradient of the layer's third top is one. Some layers
+// write there without being led to by a loss: on the GPU Accuracy and, before
+// BVLC Caffe's #6202, a loss with loss_weight 0. Where no layer has the top, it
+// is its user's who writes, by pycaffe for example.
 template <typename Dtype>
-bool HasPlainDiff(const Net<Dtype>& net, int layer) {
+bool TakesPlainDiff(const Net<Dtype>& net, int layer) {
   const vector<int>& tops = net.top_ids(layer);
   if (tops.size() < 3) { return false; }
   if (net.layers()[layer]->loss(2) != 0) { return true; }
+  bool is_bottom = false;
   for (int i = 0; i < net.layers().size(); ++i) {
     const vector<int>& bottoms = net.bottom_ids(i);
     for (int j = 0; j < bottoms.size(); ++j) {
-      if (bottoms[j] == tops[2] && net.bottom_need_backward()[i][j]) {
-        return true;
-      }
+      if (bottoms[j] != tops[2]) { continue; }
+      if (net.bottom_need_backward()[i][j]) { return true; }
+      is_bottom = true;
     }
   }
-  return false;
+  return !is_bottom;
 }
 
-// Nobody uses the gradients by the parameters of a test net; for those of
-// slope and bias, BN would keep x-hat in each pass in place.
+// Hardly anybody uses the gradients by the parameters of a test net; for those
+// of slope and bias, BN would keep x-hat in each pass in place.
 template <typename Dtype>
 void KeepNothingForBackward(const Net<Dtype>& test_net) {
   for (int i = 0; i < test_net.layers().size(); ++i) {
     Layer<Dtype>* const layer = test_net.layers()[i].get();
-    if (string(layer->type()) != "BN") { continue; }
+    if (string(layer->type()) != "BN"
+        || test_net.bottom_ids(i) != test_net.top_ids(i)) { continue; }
     for (int j = 0; j < layer->blobs().size(); ++j) {
       layer->set_param_propagate_down(j, false);
     }
@@ -288,7 +293,7 @@ void PrepareLayers(Solver<Dtype>* solver) {
   const Net<Dtype>& net = *solver->net();
   for (int i = 0; i < net.layers().size(); ++i) {
     if (MarginLayer(net, i)) {
-      MarginLayer(net, i)->JoinSolver(HasPlainDiff(net, i));
+      MarginLayer(net, i)->JoinSolver(TakesPlainDiff(net, i));
     }
   }
   for (int i = 0; i < solver->test_nets().size(); ++i) {
@@ -329,8 +334,6 @@ void ResumeLargeMargin(Solver<Dtype>* solver, const string& state_file) {
         * param.test_iter(i);
     for (int j = 0; j < test_layers[i].size(); ++j) {
       LargeMarginInnerProductLayer<Dtype>* const layer = test_layers[i][j];
-      // Without labels there is no margin, and no lambda to speak of.
-      if (!layer->has_labels()) { continue; }
       const string& name = layer->layer_param().name();
       // An iteration that a user set since then is not where it started.
       const SavedLayer saved = snapshot->Find(name);

@@ -63,7 +63,8 @@ install_packages() {
   for pair in "${modules[@]}"; do
     "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null || missing+=("${pair#*=}")
   done
-  for pair in shellcheck=shellcheck dot=graphviz curl=curl npm=npm; do
+  for pair in shellcheck=shellcheck dot=graphviz curl=curl npm=npm \
+      column=bsdextrautils; do
     command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
   done
   [ -e "$fashion" ] || missing+=(dataset-fashion-mnist)

@@ -112,17 +112,21 @@ def find_layer(pb, net, path, name=None):
     raise UserError("%s has no layer \"%s\" in the TEST phase" % (path, name))
 
 
+def in_all_phases(net, layer):
+    """The layer, then those of its name: some have it for a phase each."""
+    return [layer] + [other for other in net.layer if other.name == layer.name]
+
+
 def find_label(net, layer):
     """The blob with the labels, which the layer may have in training alone."""
-    return next((other.bottom[1] for other in [layer, *net.layer]
-                 if other.name == layer.name and len(other.bottom) > 1),
-                "label")
+    return next((other.bottom[1] for other in in_all_phases(net, layer)
+                 if len(other.bottom) > 1), "label")
 
 
 def find_ignored(net, layer):
     """The ignore_label, which the layer may have in training alone; or None."""
     params = (other.largemargin_inner_product_param
-              for other in [layer, *net.layer] if other.name == layer.name)
+              for other in in_all_phases(net, layer))
     return next((param.ignore_label for param in params
                  if param.HasField("ignore_label")), None)
 
@@ -267,6 +271,7 @@ def run(args):
     layer = find_layer(pb, net, args.net, args.layer)
     check_classes(pb, net, args.net, layer)
     label = args.label or find_label(net, layer)
+    ignored = find_ignored(net, layer)
     blobs = [layer.bottom[0], label]
     # The whole layer is kept for its weights.
     cut = features.cut(pb, net, [layer.top[0], *blobs], args.net)
@@ -291,8 +296,7 @@ def run(args):
                                 " x ".join(map(str, weights.shape))))
         if not np.isfinite(rows).all():
             raise UserError("the features of %s are not finite" % shown)
-        angles = Angles(rows, labels.ravel(), weights,
-                        find_ignored(net, layer))
+        angles = Angles(rows, labels.ravel(), weights, ignored)
         if not len(angles.own):
             raise UserError("%s: no sample has features and a label of the %d "
                             "classes" % (shown, len(weights)))
